@@ -1,0 +1,54 @@
+"""Errors that only this package raises. Bad arguments raise ValueError, TypeError or IndexError."""
+
+__all__ = ["DualPipeError", "ExchangeClosedError", "PeerTimeoutError"]
+
+
+class DualPipeError(RuntimeError):
+    """Base of every error that is not an argument's fault."""
+
+
+class ExchangeClosedError(DualPipeError):
+    """An exchange or its peer memory was used after `close()`."""
+
+
+class PeerTimeoutError(DualPipeError):
+    """A wait inside a kernel gave up on a peer.
+
+    The kernel recorded what it waited for and ended, so that the process can report and exit. The
+    channel is left in an unknown state: close the exchange.
+
+    Attributes: rank (who waited), peer (for whom), channel ("forward" or "backward"), phase (what
+    the kernel was doing), expected and seen (values of the flag), timeout (seconds).
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        peer: int,
+        channel: str,
+        phase: str,
+        expected: int,
+        seen: int,
+        timeout: float,
+    ) -> None:
+        super().__init__(
+            f"rank {rank} waited {timeout:g} s for rank {peer} in {phase} on channel {channel!r}: "
+            f"its flag shows {seen}, expected {expected}. Rank {peer} died, hangs, or did not make "
+            "the same calls; look at its log, and raise `timeout` if it is only slow."
+        )
+        self.rank = rank
+        self.peer = peer
+        self.channel = channel
+        self.phase = phase
+        self.expected = expected
+        self.seen = seen
+        self.timeout = timeout
+
+    def __reduce__(self):
+        # Exceptions pickle their positional arguments only, and workers send errors to a parent.
+        return _rebuild_peer_timeout, (dict(self.__dict__),)
+
+
+def _rebuild_peer_timeout(fields: dict) -> PeerTimeoutError:
+    return PeerTimeoutError(**fields)

@@ -1,0 +1,466 @@
+"""Dispatch and combine: move tokens to their experts and their results back.
+
+One :class:`Exchange` serves many layers and micro-batches. It owns two independent channels,
+"forward" and "backward", so that the dispatch of one micro-batch and the combine of another can be
+in flight together, as DualPipe's overlapped pair needs (DeepSeek-V3 report, figures 4 and 5).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from .errors import ExchangeClosedError
+from .reference import ReferenceBackend
+from .routing import Plan, RoutingLayout
+
+__all__ = ["CHANNELS", "Exchange", "choose_backend"]
+
+CHANNELS = ("forward", "backward")
+MAX_RANKS = 8  # one NVLink domain
+MAX_TOPK = 32  # a route a lane of the warp that moves a token
+MAX_LOCAL_EXPERTS = 512  # the plan's prefix sums stay in shared memory
+NVLINK_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def choose_backend(backend: str, device: torch.device, world_size: int) -> tuple[str, str]:
+    """Which backend this process would use, and why.
+
+    Args:
+        backend: "auto", "nvlink" or "reference".
+        device: where the tokens are.
+        world_size: P, ranks of the expert group.
+
+    Returns:
+        The name, "nvlink" or "reference", and the reason in plain words.
+
+    Raises:
+        ValueError: the name is unknown, or "nvlink" was asked for and cannot run here.
+    """
+    if backend not in ("auto", "nvlink", "reference"):
+        raise ValueError(f'backend={backend!r}: choose "auto", "nvlink" or "reference"')
+    if backend == "reference":
+        return "reference", "asked for"
+    obstacle = _nvlink_obstacle(torch.device(device), world_size)
+    if obstacle is None:
+        return "nvlink", "asked for" if backend == "nvlink" else "all GPUs reach each other"
+    if backend == "nvlink":
+        raise ValueError(f'backend="nvlink" cannot run here: {obstacle}, or use backend="auto"')
+    return "reference", obstacle
+
+
+def _nvlink_obstacle(device: torch.device, world_size: int) -> str | None:
+    """What keeps the NVLink kernels from running, with the remedy; None if nothing does."""
+    if device.type != "cuda":
+        return f"the tokens are on {device.type}: move the model to a CUDA device"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device: install a CUDA build of torch on a machine with a GPU"
+    try:
+        from . import _C  # noqa: F401
+    except ImportError as error:
+        return f"the CUDA extension is not built ({error}): reinstall with nvcc on the PATH"
+    if world_size > MAX_RANKS:
+        return f"{world_size} ranks are more than {MAX_RANKS} in one NVLink domain: split the group"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 9:
+        return f"compute capability {major}.{minor} is below 9.0: use a Hopper or Blackwell GPU"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    for other in range(torch.cuda.device_count() if world_size > 1 else 0):
+        if other != index and not torch.cuda.can_device_access_peer(index, other):
+            return (
+                f"GPU {index} has no peer access to GPU {other}: hide it with CUDA_VISIBLE_DEVICES"
+            )
+    return None
+
+
+class Exchange:
+    """All-to-all of a Mixture-of-Experts layer over one expert group.
+
+    Letters: T tokens of this rank, H hidden, K experts a token, E experts, P ranks, L = E / P local
+    experts, R rows in expert order.
+
+    Args:
+        group: a ``ProcessGroup``, a 1-D ``DeviceMesh``, or None for one rank without any group.
+        hidden: H, a multiple of 8.
+        num_experts: E, divisible by P.
+        topk: K ≤ min(E, 32).
+        max_tokens: the most tokens a rank brings to one dispatch; the same on every rank.
+        dtype: of the rows; NVLink kernels take bfloat16 and float32.
+        backend: "nvlink", "reference" or "auto" (nvlink where every rank can run it).
+        comm_sms: SMs that communication may take: a count from 1 to half of the GPU's, or a ratio of
+            them as a float below 1. Two channels in flight take twice as many.
+        timeout: seconds a kernel waits for a peer before it gives up.
+        device: where the tokens are; default the current CUDA device, else the CPU.
+
+    Making one is collective over the group. Peer memory on each rank, P > 1, NVLink backend::
+
+        max_tokens · H · itemsize · (1 + min(K, P − 1)) bytes a channel, two channels, and small flags
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, or ranks disagree on one (on every rank).
+    """
+
+    def __init__(
+        self,
+        group=None,
+        *,
+        hidden: int,
+        num_experts: int,
+        topk: int,
+        max_tokens: int,
+        dtype: torch.dtype = torch.bfloat16,
+        backend: str = "auto",
+        comm_sms: int | float = 16,
+        timeout: float = 100.0,
+        device: torch.device | str | None = None,
+    ):
+        self.group = _process_group(group)
+        self.rank = 0 if self.group is None else dist.get_rank(self.group)
+        self.world_size = 1 if self.group is None else dist.get_world_size(self.group)
+        self.device = _resolve_device(device)
+        self.hidden, self.num_experts, self.topk = hidden, num_experts, topk
+        self.max_tokens, self.dtype, self.timeout = max_tokens, dtype, timeout
+        self._backend = None
+        self.backend, self.backend_reason = self._agree(backend)
+        self.comm_sms = self._count_sms(comm_sms) if self.backend == "nvlink" else 0
+        self.layout = RoutingLayout(self.rank, self.world_size, num_experts, topk, max_tokens)
+        if self.backend == "nvlink":
+            from .nvlink import NvlinkBackend
+
+            self._backend = NvlinkBackend(
+                self.group, self.layout, hidden, dtype, self.device, self.comm_sms, timeout
+            )
+        else:
+            self._backend = ReferenceBackend(self.group, self.layout)
+
+    @property
+    def num_local_experts(self) -> int:
+        """L = E / P; this rank owns the experts [rank · L, (rank + 1) · L)."""
+        return self.num_experts // self.world_size
+
+    @property
+    def closed(self) -> bool:
+        return self._backend is None
+
+    def plan(self, topk_idx: torch.Tensor) -> Plan:
+        """Exchange the routing and give every route its row. Collective.
+
+        Args:
+            topk_idx: [T, K] int32 in [−1, E), −1 drops a route; T ≤ max_tokens, T may be 0 and may
+                differ between ranks.
+
+        Returns:
+            The plan, usable for any number of dispatches and combines. Out-of-range indices raise
+            IndexError on every rank: here on the reference backend, at ``plan.num_rows`` (which
+            dispatch reads) on the NVLink backend.
+        """
+        self._check_open()
+        _check_tensor("topk_idx", topk_idx, torch.int32, self.device)
+        if topk_idx.dim() != 2 or topk_idx.shape[1] != self.topk:
+            raise ValueError(
+                f"topk_idx has shape {list(topk_idx.shape)}, not [T, {self.topk}]: "
+                f"pass the {self.topk} experts of every token"
+            )
+        if topk_idx.shape[0] > self.max_tokens:
+            raise ValueError(
+                f"{topk_idx.shape[0]} tokens exceed max_tokens={self.max_tokens}: make the Exchange "
+                f"with max_tokens={topk_idx.shape[0]} on every rank, or send fewer at a time"
+            )
+        return self._backend_call("plan", topk_idx.contiguous())
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        plan: Plan,
+        *,
+        channel: str = "forward",
+        topk_weight: torch.Tensor | None = None,
+    ):
+        """Send every token to its experts. Collective, differentiable (the backward is a combine).
+
+        Args:
+            x: [T, H] in the exchange's dtype.
+            plan: from :meth:`plan`, for the same T tokens.
+            channel: "forward" or "backward".
+            topk_weight: [T, K] fp32, sent along when given.
+
+        Returns:
+            rows [R, H] in expert order, padding rows zero; with topk_weight a pair of these and
+            row_weight [R] fp32, padding zero.
+        """
+        self._check_call(plan, channel)
+        self._check_rows("x", x, plan.num_tokens, "T")
+        if topk_weight is not None:
+            _check_tensor("topk_weight", topk_weight, self._weight_dtype, self.device)
+            _check_shape("topk_weight", topk_weight, [plan.num_tokens, self.topk], "[T, K]")
+        rows, row_weight = _Dispatch.apply(x, topk_weight, self, plan, channel)
+        return rows if topk_weight is None else (rows, row_weight)
+
+    def combine(
+        self,
+        rows: torch.Tensor,
+        plan: Plan,
+        *,
+        channel: str = "forward",
+        row_weight: torch.Tensor | None = None,
+    ):
+        """Bring every expert's rows home and sum them. Collective, differentiable.
+
+        Args:
+            rows: [R, H] in expert order, in the exchange's dtype; padding rows are not read.
+            plan: the plan of the dispatch.
+            channel: "forward" or "backward".
+            row_weight: [R] fp32 scalars returned route by route when given, such as the gradient
+                of the routing weights.
+
+        Returns:
+            y [T, H], the sum over a token's rows in fp32, rounded once a rank and once at the end;
+            with row_weight a pair of these and [T, K] fp32, zero where a route was dropped.
+        """
+        self._check_call(plan, channel)
+        self._check_rows("rows", rows, plan.num_rows, "R")
+        if row_weight is not None:
+            _check_tensor("row_weight", row_weight, self._weight_dtype, self.device)
+            _check_shape("row_weight", row_weight, [plan.num_rows], "[R]")
+        y, topk_weight = _Combine.apply(rows, row_weight, self, plan, channel)
+        return y if row_weight is None else (y, topk_weight)
+
+    def check(self) -> None:
+        """Raise what a finished kernel reported, without waiting for kernels in flight.
+
+        Raises:
+            PeerTimeoutError: a peer did not arrive within ``timeout``.
+        """
+        self._check_open()
+        self._backend.check()
+
+    def close(self) -> None:
+        """Wait for this rank's kernels and let go of the peer memory. Safe to call twice."""
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.close()
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.backend}, rank {self.rank}/{self.world_size}"
+        return (
+            f"Exchange({state}, hidden={self.hidden}, num_experts={self.num_experts}, "
+            f"topk={self.topk}, max_tokens={self.max_tokens}, dtype={self.dtype}, "
+            f"comm_sms={self.comm_sms})"
+        )
+
+    @property
+    def _weight_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def _agree(self, backend: str) -> tuple[str, str]:
+        """Check every rank's arguments everywhere, so that all ranks raise or none does."""
+        mine = {
+            "arguments": (
+                self.hidden,
+                self.num_experts,
+                self.topk,
+                self.max_tokens,
+                str(self.dtype),
+                backend,
+            ),
+            "host": _host_identity(),
+            "error": None,
+        }
+        choice = None
+        try:
+            self._check_arguments()
+            mine["choice"] = choice = self._choose_backend(backend)
+        except (TypeError, ValueError) as error:
+            mine["error"] = error
+        everyone = [mine]
+        if self.world_size > 1:
+            everyone = [None] * self.world_size
+            dist.all_gather_object(everyone, mine, group=self.group)
+        for rank, theirs in enumerate(everyone):
+            if theirs["error"] is not None:
+                raise type(theirs["error"])(f"rank {rank}: {theirs['error']}")
+            if theirs["arguments"] != everyone[0]["arguments"]:
+                raise ValueError(
+                    f"(hidden, num_experts, topk, max_tokens, dtype, backend) is "
+                    f"{theirs['arguments']} on rank {rank} but {everyone[0]['arguments']} on rank 0: "
+                    f"pass the same on every rank"
+                )
+        if any(theirs["host"] != mine["host"] for theirs in everyone):
+            if backend == "nvlink":
+                raise ValueError(
+                    f"the group spans {len({t['host'] for t in everyone})} hosts, NVLink kernels "
+                    f'reach one: make the group from one host\'s ranks, or use backend="reference"'
+                )
+            return "reference", "the group spans several hosts"
+        for rank, theirs in enumerate(everyone):
+            if theirs["choice"][0] == "reference":
+                return "reference", f"rank {rank}: {theirs['choice'][1]}"
+        return choice
+
+    def _choose_backend(self, backend: str) -> tuple[str, str]:
+        name, reason = choose_backend(backend, self.device, self.world_size)
+        if name == "nvlink" and self.dtype not in NVLINK_DTYPES:
+            reason = f"the NVLink kernels move bfloat16 and float32 rows, not {self.dtype}"
+            if backend == "nvlink":
+                raise TypeError(f'{reason}: cast the rows, or use backend="reference"')
+            return "reference", reason
+        return name, reason
+
+    def _check_arguments(self) -> None:
+        for name in ("hidden", "num_experts", "topk", "max_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is not a positive integer: pass 1 or more")
+        if self.hidden % 8:
+            raise ValueError(
+                f"hidden={self.hidden} is not a multiple of 8: "
+                f"pad the model width to {-(-self.hidden // 8) * 8}"
+            )
+        if self.num_experts % self.world_size:
+            raise ValueError(
+                f"num_experts={self.num_experts} is not divisible by the {self.world_size} ranks of "
+                f"the group: use {-(-self.num_experts // self.world_size) * self.world_size} experts"
+            )
+        if self.topk > min(self.num_experts, MAX_TOPK):
+            raise ValueError(
+                f"topk={self.topk} exceeds {min(self.num_experts, MAX_TOPK)} (the smaller of "
+                f"num_experts={self.num_experts} and {MAX_TOPK}): lower topk"
+            )
+        if self.num_local_experts > MAX_LOCAL_EXPERTS:
+            raise ValueError(
+                f"{self.num_local_experts} experts a rank exceed {MAX_LOCAL_EXPERTS}: "
+                f"shard them over more ranks"
+            )
+        if not self.dtype.is_floating_point:
+            raise TypeError(f"dtype={self.dtype} is not a floating-point type: use torch.bfloat16")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout={self.timeout} s is not above 0: pass seconds, such as 100.0")
+
+    def _count_sms(self, comm_sms: int | float) -> int:
+        total = torch.cuda.get_device_properties(self.device).multi_processor_count
+        count = comm_sms
+        if isinstance(comm_sms, float) and 0 < comm_sms < 1:
+            count = max(1, round(comm_sms * total))
+        # Both channels must fit at once, or two kernels could wait for each other's SMs.
+        if not isinstance(count, int) or not 1 <= count <= total // 2:
+            raise ValueError(
+                f"comm_sms={comm_sms!r} is outside [1, {total // 2}], half of this GPU's {total} SMs "
+                f"(a float below 1 is a ratio of them): 8 to 24 fill an NVLink"
+            )
+        return count
+
+    def _backend_call(self, name: str, *args):
+        with torch.profiler.record_function(f"dualpipe_ext::{name}"):
+            return getattr(self._backend, name)(*args)
+
+    def _check_open(self) -> None:
+        if self._backend is None:
+            raise ExchangeClosedError("this Exchange is closed: make a new one")
+
+    def _check_call(self, plan: Plan, channel: str) -> None:
+        self._check_open()
+        if channel not in CHANNELS:
+            raise ValueError(f'channel={channel!r}: choose "forward" or "backward"')
+        if plan.layout != self.layout:
+            raise ValueError(
+                f"the plan was made for {plan.layout}, this exchange has {self.layout}: "
+                f"call plan() of an exchange with the same sizes"
+            )
+
+    def _check_rows(self, name: str, tensor: torch.Tensor, count: int, letter: str) -> None:
+        _check_tensor(name, tensor, self.dtype, self.device)
+        _check_shape(name, tensor, [count, self.hidden], f"[{letter}, H]")
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, topk_weight, exchange, plan, channel):
+        ctx.exchange, ctx.plan, ctx.weighted = exchange, plan, topk_weight is not None
+        weight = None if topk_weight is None else topk_weight.contiguous()
+        return exchange._backend_call("dispatch", x.contiguous(), plan, weight, channel)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_rows, d_row_weight):
+        d_weight = d_row_weight.contiguous() if ctx.weighted else None
+        ctx.exchange._check_open()
+        dx, d_topk_weight = ctx.exchange._backend_call(
+            "combine", d_rows.contiguous(), ctx.plan, d_weight, "backward"
+        )
+        return dx, d_topk_weight, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, row_weight, exchange, plan, channel):
+        ctx.exchange, ctx.plan, ctx.weighted = exchange, plan, row_weight is not None
+        weight = None if row_weight is None else row_weight.contiguous()
+        return exchange._backend_call("combine", rows.contiguous(), plan, weight, channel)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, d_topk_weight):
+        d_weight = d_topk_weight.contiguous() if ctx.weighted else None
+        ctx.exchange._check_open()
+        d_rows, d_row_weight = ctx.exchange._backend_call(
+            "dispatch", dy.contiguous(), ctx.plan, d_weight, "backward"
+        )
+        return d_rows, d_row_weight, None, None, None
+
+
+def _process_group(group) -> dist.ProcessGroup | None:
+    if group is None or isinstance(group, dist.ProcessGroup):
+        return group
+    if hasattr(group, "get_group"):  # DeviceMesh
+        if group.ndim != 1:
+            raise ValueError(
+                f"the DeviceMesh has {group.ndim} dimensions, an expert group has 1: "
+                f'pass one dimension of it, such as mesh["ep"]'
+            )
+        return group.get_group()
+    raise TypeError(f"group is a {type(group).__name__}: pass a ProcessGroup, a DeviceMesh or None")
+
+
+def _resolve_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _host_identity() -> str:
+    """Names this boot of this host: containers of one host share the boot id, not the host name."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return f"{socket.gethostname()}-{os.uname().version}"
+
+
+def _check_tensor(name: str, tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}: pass a torch.Tensor")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} is {tensor.dtype}, the exchange takes {dtype}: use .to({dtype})")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the exchange on {device}: move it there")
+
+
+def _check_shape(name: str, tensor: torch.Tensor, expected: list[int], letters: str) -> None:
+    if list(tensor.shape) != expected:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}, not {letters} = {expected}: "
+            f"pass the tensor that belongs to this plan"
+        )
