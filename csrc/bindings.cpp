@@ -105,10 +105,10 @@ PYBIND11_MODULE(_C, m) {
       .def("combine", [](const Exchange& ex, int channel, uintptr_t rows, uintptr_t row_weight,
                          uintptr_t topk_idx, int tokens, uintptr_t plan, uintptr_t y,
                          uintptr_t topk_weight, int sms, uintptr_t stream) {
-        launch_combine(ex, {channel, pointer<void>(rows), pointer<float>(row_weight),
-                            pointer<int32_t>(topk_idx), tokens, pointer<int32_t>(plan),
-                            pointer<void>(y), pointer<float>(topk_weight), sms,
-                            pointer<void>(stream)});
+        launch_combine(
+            ex, {channel, pointer<void>(rows), pointer<float>(row_weight),
+                 pointer<int32_t>(topk_idx), tokens, pointer<int32_t>(plan), pointer<void>(y),
+                 pointer<float>(topk_weight), sms, pointer<void>(stream)});
       });
 }
 

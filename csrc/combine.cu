@@ -1,10 +1,10 @@
-// Combine: sum every token's rows on the experts' side in fp32, push one partial sum a (token, rank)
-// over the link, and sum the partials at home.
+// Combine: sum every token's rows on the experts' side in fp32, push one partial sum a (token,
+// rank) over the link, and sum the partials at home.
 //
 // Both halves run in one kernel and overlap: the push of a tile of tokens is followed by the sum of
 // the tile before it, whose partials have arrived meanwhile. Each CTA holds four teams of six
-// warps with barriers of their own, so that one team's wait leaves the SM to the others. A rank's own
-// experts need no partial: their rows are summed at home in fp32.
+// warps with barriers of their own, so that one team's wait leaves the SM to the others. A rank's
+// own experts need no partial: their rows are summed at home in fp32.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -16,9 +16,9 @@ namespace {
 constexpr int kTeams = 4;
 constexpr int kTeamWarps = 6;
 constexpr int kTeamThreads = kTeamWarps * 32;
-constexpr int kVectors = 4;                     // 16-byte loads a lane has in flight for one row
+constexpr int kVectors = 4;                      // 16-byte loads a lane has in flight for one row
 constexpr int kPieceBytes = 32 * 16 * kVectors;  // 2 KB of a row for one warp
-constexpr int kLag = 1;                         // tiles between a push and the sum of its tile
+constexpr int kLag = 1;                          // tiles between a push and the sum of its tile
 constexpr uint32_t kAllLanes = 0xffffffff;
 
 // kVectors × 16 bytes of a row a lane, summed in fp32.

@@ -65,8 +65,7 @@ class Ring {
     mbarrier_expect_bytes(&barriers_[slot], bytes + route_bytes * (weights ? 2 : 1));
     bulk_load(data, x + static_cast<int64_t>(token) * ex_.row_bytes() + offset, bytes,
               &barriers_[slot]);
-    bulk_load(slots_of(data), slots_ + plan_row * ex_.topk_stride(), route_bytes,
-              &barriers_[slot]);
+    bulk_load(slots_of(data), slots_ + plan_row * ex_.topk_stride(), route_bytes, &barriers_[slot]);
     if (weights) {
       bulk_load(weights_of(data), weights + static_cast<int64_t>(token) * route_bytes, route_bytes,
                 &barriers_[slot]);
@@ -102,9 +101,9 @@ class Ring {
     const int piece = *piece_of(data);
     const int64_t row = lane() < ex_.topk ? slots_of(data)[lane()] : -1;
     if (row >= 0) {
-      bulk_store(static_cast<char*>(args_.rows) + row * ex_.row_bytes() +
-                     piece * shape_.piece_bytes,
-                 data, piece_bytes(piece));
+      bulk_store(
+          static_cast<char*>(args_.rows) + row * ex_.row_bytes() + piece * shape_.piece_bytes, data,
+          piece_bytes(piece));
       if (args_.row_weight && piece == 0) args_.row_weight[row] = weights_of(data)[lane()];
     }
     bulk_commit();
@@ -167,8 +166,7 @@ __device__ bool pull(const Exchange& ex, const DispatchArgs& args, const Shape& 
     const int units = __shfl_sync(kAllLanes, units_of_lane, source);
     const bool valid = n < turns * ex.ranks && unit < units;
     const int piece = unit % shape.pieces;
-    const int token =
-        valid ? arrivals[source * ex.max_tokens + unit / shape.pieces] : 0;
+    const int token = valid ? arrivals[source * ex.max_tokens + unit / shape.pieces] : 0;
     for (uint32_t left = __ballot_sync(kAllLanes, valid); left != 0; left &= left - 1) {
       const int from = __ffs(left) - 1;
       const int p = __shfl_sync(kAllLanes, source, from);
@@ -184,9 +182,8 @@ __device__ bool pull(const Exchange& ex, const DispatchArgs& args, const Shape& 
       }
       const char* x = p == ex.rank ? static_cast<const char*>(args.x)
                                    : channel_of(ex, symmetric, p, args.channel) + symmetric.x;
-      const char* weights = args.row_weight
-                                ? channel_of(ex, symmetric, p, args.channel) + symmetric.weight
-                                : nullptr;
+      const char* weights =
+          args.row_weight ? channel_of(ex, symmetric, p, args.channel) + symmetric.weight : nullptr;
       ring.issue(x, weights, t, static_cast<int64_t>(p) * ex.max_tokens + t,
                  __shfl_sync(kAllLanes, piece, from));
     }
@@ -233,16 +230,16 @@ void stage_tokens(const Exchange& ex, const DispatchArgs& args, cudaStream_t str
   if (ex.ranks > 1) {
     wait_until_free<<<1, 32, 0, stream>>>(ex, kDispatchForward + args.channel);
     check_cuda(cudaGetLastError(), "wait_until_free");
-    check_cuda(cudaMemcpyAsync(mine + layout.x, args.x,
-                               static_cast<size_t>(args.tokens) * ex.row_bytes(),
-                               cudaMemcpyDeviceToDevice, stream),
-               "copy of x to peer memory");
+    check_cuda(
+        cudaMemcpyAsync(mine + layout.x, args.x, static_cast<size_t>(args.tokens) * ex.row_bytes(),
+                        cudaMemcpyDeviceToDevice, stream),
+        "copy of x to peer memory");
   }
   if (args.topk_weight) {
-    check_cuda(cudaMemcpy2DAsync(mine + layout.weight, ex.topk_stride() * 4,
-                                 args.topk_weight, ex.topk * 4, ex.topk * 4, args.tokens,
-                                 cudaMemcpyDeviceToDevice, stream),
-               "copy of topk_weight to peer memory");
+    check_cuda(
+        cudaMemcpy2DAsync(mine + layout.weight, ex.topk_stride() * 4, args.topk_weight, ex.topk * 4,
+                          ex.topk * 4, args.tokens, cudaMemcpyDeviceToDevice, stream),
+        "copy of topk_weight to peer memory");
   }
 }
 
@@ -254,9 +251,9 @@ void launch_dispatch(const Exchange& ex, const DispatchArgs& args) {
   if (args.tokens > 0) stage_tokens(ex, args, stream);
   const Shape shape = shape_of(ex);
   const int shared_bytes = shape.warps * shape.stages * shape.stage_bytes;
-  check_cuda(cudaFuncSetAttribute(pull_rows, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  kSharedBytes),
-             "cudaFuncSetAttribute");
+  check_cuda(
+      cudaFuncSetAttribute(pull_rows, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+      "cudaFuncSetAttribute");
   pull_rows<<<args.sms, shape.warps * 32, shared_bytes, stream>>>(ex, args, shape);
   check_cuda(cudaGetLastError(), "pull_rows");
 }

@@ -15,11 +15,11 @@
 namespace dualpipe {
 
 constexpr int kMaxRanks = 8;
-constexpr int kMaxTopk = 32;          // one route a lane
+constexpr int kMaxTopk = 32;           // one route a lane
 constexpr int kMaxLocalExperts = 512;  // prefix sums of the plan fit static shared memory
-constexpr int kRowAlignment = 128;    // the grouped GEMM's M tile
-constexpr int kPlanChunk = 128;       // tokens a CTA counts and ranks at a time
-constexpr int kCombineTile = 4;       // tokens handed over by one flag in combine
+constexpr int kRowAlignment = 128;     // the grouped GEMM's M tile
+constexpr int kPlanChunk = 128;        // tokens a CTA counts and ranks at a time
+constexpr int kCombineTile = 4;        // tokens handed over by one flag in combine
 
 // The collective operations, each with signals and an epoch of its own.
 enum Operation {
@@ -41,7 +41,8 @@ struct Fault {
   int64_t expected, seen;
 };
 
-// One operation's signals in a rank's symmetric buffer. Flags hold epochs, so nothing is ever reset.
+// One operation's signals in a rank's symmetric buffer. Flags hold epochs, so nothing is ever
+// reset.
 struct Signals {
   uint64_t ready[kMaxRanks];  // [source] raised by that rank: its data can be read
   uint64_t done[kMaxRanks];   // [source] raised by that rank: it no longer needs my data or buffer
@@ -74,7 +75,7 @@ DUALPIPE_HD int64_t align_up(int64_t bytes) { return (bytes + 127) / 128 * 128; 
 //   signals | abort flag | routing [P][4 + T·K] | two channels of x, weights, partials, flags
 struct SymmetricLayout {
   int64_t signals, abort, routing, routing_stride;
-  int64_t channel, channel_stride;          // the rest is relative to a channel's start
+  int64_t channel, channel_stride;  // the rest is relative to a channel's start
   int64_t x, weight;                // what dispatch pulls: [T][H], [T][topk_stride] fp32
   int64_t partial, partial_weight;  // what combine receives: [T][partials][H], [T][K] fp32
   int64_t tile_ready;               // [P][combine_tiles] uint64
@@ -94,8 +95,7 @@ struct SymmetricLayout {
     partial = weight + align_up(tokens * ex.topk_stride() * 4);
     partial_weight = partial + align_up(handed * ex.partials() * ex.row_bytes());
     tile_ready = partial_weight + align_up(handed * ex.topk * 4);
-    channel_stride =
-        tile_ready + align_up(static_cast<int64_t>(ex.ranks) * ex.combine_tiles() * 8);
+    channel_stride = tile_ready + align_up(static_cast<int64_t>(ex.ranks) * ex.combine_tiles() * 8);
     bytes = channel + 2 * channel_stride;
   }
 };

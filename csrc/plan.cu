@@ -4,7 +4,8 @@
 //   gather_and_count  every rank pushes its routing to all, then counts each chunk of 128 tokens
 //   assign            every chunk sums the counts before it and ranks its own routes by ballots
 // Example with L = 2, K = 1, two ranks that route [0, 1, 0] and [1, 0]: expert 0 gets
-// (rank 0, token 0), (rank 0, token 2), (rank 1, token 1) as rows 0 to 2, expert 1 starts at row 128.
+// (rank 0, token 0), (rank 0, token 2), (rank 1, token 1) as rows 0 to 2, expert 1 starts at row
+// 128.
 #include <cuda_runtime.h>
 
 #include "barrier.cuh"
@@ -246,8 +247,7 @@ __device__ void list_arrivals(const Exchange& ex, const Plan& plan, int source, 
   int32_t* arrivals = plan.arrivals + source * ex.max_tokens;
   for (int first = begin; first < end; first += 32) {
     const int t = first + lane;
-    const bool here =
-        t < end && (plan.token_ranks[source * ex.max_tokens + t] >> ex.rank & 1) != 0;
+    const bool here = t < end && (plan.token_ranks[source * ex.max_tokens + t] >> ex.rank & 1) != 0;
     const uint32_t matches = __ballot_sync(kAllLanes, here);
     if (here) arrivals[next + __popc(matches & ((1u << lane) - 1))] = t;
     next += __popc(matches);
@@ -291,8 +291,7 @@ __global__ void __launch_bounds__(kAssignThreads, 1)
     }
     __syncthreads();
     const int capacity = min(kPlanChunk, ex.max_tokens - begin);
-    int32_t* target =
-        plan.slots + (static_cast<int64_t>(source) * ex.max_tokens + begin) * stride;
+    int32_t* target = plan.slots + (static_cast<int64_t>(source) * ex.max_tokens + begin) * stride;
     for (int s = threadIdx.x; s < capacity * stride; s += blockDim.x) {
       const int t = s / stride, k = s % stride;
       const int route = t * ex.topk + k;

@@ -91,14 +91,14 @@ class Exchange:
         max_tokens: the most tokens a rank brings to one dispatch; the same on every rank.
         dtype: of the rows; NVLink kernels take bfloat16 and float32.
         backend: "nvlink", "reference" or "auto" (nvlink where every rank can run it).
-        comm_sms: SMs that communication may take: a count from 1 to half of the GPU's, or a ratio of
-            them as a float below 1. Two channels in flight take twice as many.
+        comm_sms: SMs that communication may take: a count from 1 to half of the GPU's, or a ratio
+            of them as a float below 1. Two channels in flight take twice as many.
         timeout: seconds a kernel waits for a peer before it gives up.
         device: where the tokens are; default the current CUDA device, else the CPU.
 
     Making one is collective over the group. Peer memory on each rank, P > 1, NVLink backend::
 
-        max_tokens · H · itemsize · (1 + min(K, P − 1)) bytes a channel, two channels, and small flags
+        2 channels · max_tokens · H · itemsize · (1 + min(K, P − 1)) bytes, and small tables
 
     Raises:
         ValueError, TypeError: an argument is wrong, or ranks disagree on one (on every rank).
@@ -124,23 +124,34 @@ class Exchange:
         self.device = _resolve_device(device)
         self.hidden, self.num_experts, self.topk = hidden, num_experts, topk
         self.max_tokens, self.dtype, self.timeout = max_tokens, dtype, timeout
-        self._backend = None
+        self._backend, self._comm_sms = None, 0
         self.backend, self.backend_reason = self._agree(backend)
-        self.comm_sms = self._count_sms(comm_sms) if self.backend == "nvlink" else 0
         self.layout = RoutingLayout(self.rank, self.world_size, num_experts, topk, max_tokens)
         if self.backend == "nvlink":
             from .nvlink import NvlinkBackend
 
             self._backend = NvlinkBackend(
-                self.group, self.layout, hidden, dtype, self.device, self.comm_sms, timeout
+                self.group, self.layout, hidden, dtype, self.device, timeout
             )
         else:
             self._backend = ReferenceBackend(self.group, self.layout)
+        self.comm_sms = comm_sms
 
     @property
     def num_local_experts(self) -> int:
         """L = E / P; this rank owns the experts [rank · L, (rank + 1) · L)."""
         return self.num_experts // self.world_size
+
+    @property
+    def comm_sms(self) -> int:
+        """SMs that the next call may take; set a count or a ratio. 0 on the reference backend."""
+        return self._comm_sms
+
+    @comm_sms.setter
+    def comm_sms(self, comm_sms: int | float) -> None:
+        self._check_open()
+        self._comm_sms = self._count_sms(comm_sms) if self.backend == "nvlink" else 0
+        self._backend.comm_sms = self._comm_sms
 
     @property
     def closed(self) -> bool:
@@ -167,8 +178,8 @@ class Exchange:
             )
         if topk_idx.shape[0] > self.max_tokens:
             raise ValueError(
-                f"{topk_idx.shape[0]} tokens exceed max_tokens={self.max_tokens}: make the Exchange "
-                f"with max_tokens={topk_idx.shape[0]} on every rank, or send fewer at a time"
+                f"{topk_idx.shape[0]} tokens exceed max_tokens={self.max_tokens}: make the "
+                f"Exchange with max_tokens={topk_idx.shape[0]} on every rank, or send fewer"
             )
         return self._backend_call("plan", topk_idx.contiguous())
 
@@ -292,8 +303,8 @@ class Exchange:
             if theirs["arguments"] != everyone[0]["arguments"]:
                 raise ValueError(
                     f"(hidden, num_experts, topk, max_tokens, dtype, backend) is "
-                    f"{theirs['arguments']} on rank {rank} but {everyone[0]['arguments']} on rank 0: "
-                    f"pass the same on every rank"
+                    f"{theirs['arguments']} on rank {rank}, but on rank 0 "
+                    f"{everyone[0]['arguments']}: pass the same on every rank"
                 )
         if any(theirs["host"] != mine["host"] for theirs in everyone):
             if backend == "nvlink":
@@ -327,9 +338,10 @@ class Exchange:
                 f"pad the model width to {-(-self.hidden // 8) * 8}"
             )
         if self.num_experts % self.world_size:
+            fitting = -(-self.num_experts // self.world_size) * self.world_size
             raise ValueError(
-                f"num_experts={self.num_experts} is not divisible by the {self.world_size} ranks of "
-                f"the group: use {-(-self.num_experts // self.world_size) * self.world_size} experts"
+                f"num_experts={self.num_experts} is not divisible by the {self.world_size} ranks "
+                f"of the group: use {fitting} experts"
             )
         if self.topk > min(self.num_experts, MAX_TOPK):
             raise ValueError(
@@ -344,7 +356,9 @@ class Exchange:
         if not self.dtype.is_floating_point:
             raise TypeError(f"dtype={self.dtype} is not a floating-point type: use torch.bfloat16")
         if not self.timeout > 0:
-            raise ValueError(f"timeout={self.timeout} s is not above 0: pass seconds, such as 100.0")
+            raise ValueError(
+                f"timeout={self.timeout} s is not above 0: pass seconds, such as 100.0"
+            )
 
     def _count_sms(self, comm_sms: int | float) -> int:
         total = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -354,8 +368,8 @@ class Exchange:
         # Both channels must fit at once, or two kernels could wait for each other's SMs.
         if not isinstance(count, int) or not 1 <= count <= total // 2:
             raise ValueError(
-                f"comm_sms={comm_sms!r} is outside [1, {total // 2}], half of this GPU's {total} SMs "
-                f"(a float below 1 is a ratio of them): 8 to 24 fill an NVLink"
+                f"comm_sms={comm_sms!r} is outside [1, {total // 2}], half of this GPU's {total} "
+                f"SMs (a float below 1 is a ratio of them): 8 to 24 fill an NVLink"
             )
         return count
 

@@ -66,11 +66,11 @@ class NvlinkBackend:
         hidden: int,
         dtype: torch.dtype,
         device: torch.device,
-        comm_sms: int,
         timeout: float,
     ):
         self.layout, self.device, self.dtype, self.hidden = layout, device, dtype, hidden
-        self.comm_sms, self.timeout = comm_sms, timeout
+        self.timeout = timeout
+        self.comm_sms = 1  # set by the Exchange, and again by its users
         self._fault = torch.zeros(_C.FAULT_WORDS, dtype=torch.int64).pin_memory()
         sizes = dict(
             rank=layout.rank,

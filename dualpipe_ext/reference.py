@@ -46,6 +46,7 @@ class ReferenceBackend:
     def __init__(self, group: dist.ProcessGroup | None, layout: RoutingLayout):
         self.group = group
         self.layout = layout
+        self.comm_sms = 0  # the library below decides
 
     def plan(self, topk_idx: torch.Tensor) -> ReferencePlan:
         layout, rank = self.layout, self.layout.rank

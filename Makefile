@@ -1,0 +1,57 @@
+# Two commands work in a fresh clone, with nothing else prepared: `make demo` and `make test`.
+#
+# PYTHON=...  the interpreter (default python3). If it imports torch it is used as it is and nothing
+#             is installed into it; otherwise torch goes into .venv (.ci/prepare).
+# ARGS=...    more arguments for the demo, pytest or the benchmark.
+
+PYTHON ?= python3
+ARGS ?=
+RUN := build/run
+
+# A launcher made for another interpreter is out of date.
+asked := $(shell command -v $(PYTHON))
+stale := $(if $(filter $(asked),$(shell cat build/asked 2>/dev/null)),,FORCE)
+
+.PHONY: help demo test lint format bench info clean distclean FORCE
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: dualpipe_ext/_build.json ## train a small MoE transformer, on all GPUs or on 4 CPU processes
+	$(RUN) python examples/train_moe.py $(ARGS)
+
+test: dualpipe_ext/_build.json ## every test that this machine can run
+	$(RUN) python -m pytest $(ARGS)
+
+lint: build/linters ## ruff and clang-format, without changing files
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) clang-format --dry-run -Werror $(wildcard csrc/*)
+
+format: build/linters ## let ruff and clang-format rewrite the files
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+	$(RUN) clang-format -i $(wildcard csrc/*)
+
+bench: dualpipe_ext/_build.json ## time the exchange over a sweep of comm_sms (needs GPUs)
+	$(RUN) python bench/sm_split.py $(ARGS)
+
+info: dualpipe_ext/_build.json ## versions, GPUs, what was built, which backend is chosen and why
+	@$(RUN) python -m dualpipe_ext.cli info
+
+clean: ## remove what was built, keep .venv
+	rm -rf build dist *.egg-info dualpipe_ext/_C*.so dualpipe_ext/_build.json
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+
+distclean: clean ## remove .venv and .deps as well
+	rm -rf .venv .deps
+
+build/run: .ci/prepare $(stale)
+	.ci/prepare python "$(PYTHON)"
+
+build/linters: build/run
+	.ci/prepare linters
+
+# Written by every build of the extension, also by one that found no nvcc.
+dualpipe_ext/_build.json: build/run setup.py $(wildcard csrc/*)
+	$(RUN) python setup.py -q build_ext --inplace

@@ -1,0 +1,488 @@
+"""The experts' MLP over rows in expert order: forward, input gradients and weight gradients apart.
+
+Letters: R rows in expert order, H hidden, I expert width, L local experts.
+
+    gate, up = rows @ w13[l].T          w13 [L, 2I, H], rows 0..I-1 gate, I..2I-1 up
+    act      = silu(gate) * up * row_weight[:, None]
+    out      = act @ w2[l].T            w2 [L, H, I]
+
+Sums are fp32 (fp64 for fp64 inputs). The routing weight is part of the activation, so that combine
+is a plain sum. Two implementations compute the same: Triton on the GPU, and a loop over experts in
+plain torch anywhere.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import torch
+
+from .routing import ROW_ALIGNMENT
+
+__all__ = ["MLPSaved", "grouped_mlp", "mlp_dgrad", "mlp_forward", "mlp_wgrad"]
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+
+
+def grouped_mlp(
+    rows: torch.Tensor,
+    row_weight: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    *,
+    num_sms: int | None = None,
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """SwiGLU MLP of each expert on its rows; differentiable in rows, row_weight, w13 and w2.
+
+    rows            [R, H] in expert order; rows that pad an expert to the alignment are zero
+    row_weight      [R] fp32 routing weight of each row (fp64 beside fp64 rows)
+    w13, w2         [L, 2I, H], [L, H, I], contiguous, dtype of rows; H and I multiples of 8
+    expert_offsets  [L + 1] int32 on the device of rows: first row of each expert, multiples of 128,
+                    last <= R. The host does not read it on the Triton path.
+    num_sms         SMs that the kernels may take, at run time; None takes all
+    implementation  "triton", "reference", or "auto": Triton for bf16 on a Hopper GPU, else the
+                    reference
+
+    Returns out [R, H]. Rows past expert_offsets[-1] are neither read nor written: there, out holds
+    whatever was in memory.
+
+    A weight that carries an fp32 attribute `main_grad` of its shape gets its gradient added there,
+    and autograd sees no gradient for it (Megatron's convention).
+
+    Raises TypeError or ValueError naming the value, the limit and the remedy.
+    """
+    _check(rows, row_weight, w13, w2, expert_offsets, num_sms, implementation)
+    tensors = (rows, row_weight, w13, w2)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    forward = torch.ops.dualpipe_ext.grouped_mlp_forward
+    return forward(*tensors, expert_offsets, save, num_sms or 0, implementation)[0]
+
+
+@dataclass
+class MLPSaved:
+    """What the backward of one forward needs. mlp_dgrad replaces `gate_up` by `d_gate_up`."""
+
+    rows: torch.Tensor  # [R, H]
+    row_weight: torch.Tensor  # [R]
+    w13: torch.Tensor  # [L, 2I, H]
+    w2: torch.Tensor  # [L, H, I]
+    expert_offsets: torch.Tensor  # [L + 1] int32
+    act: torch.Tensor  # [R, I]
+    gate_up: torch.Tensor | None  # [R, 2I] before SwiGLU
+    d_gate_up: torch.Tensor | None  # [R, 2I] its gradient, once mlp_dgrad has run
+    num_sms: int  # 0 = all
+    implementation: str
+
+
+@torch.no_grad()
+def mlp_forward(
+    rows: torch.Tensor,
+    row_weight: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    *,
+    num_sms: int | None = None,
+    implementation: str = "auto",
+) -> tuple[torch.Tensor, MLPSaved]:
+    """`grouped_mlp` without autograd, for schedulers: out [R, H] and what the backward needs."""
+    _check(rows, row_weight, w13, w2, expert_offsets, num_sms, implementation)
+    tensors = (rows, row_weight, w13, w2, expert_offsets)
+    out, act, gate_up = torch.ops.dualpipe_ext.grouped_mlp_forward(
+        *tensors, True, num_sms or 0, implementation
+    )
+    return out, MLPSaved(*tensors, act, gate_up, None, num_sms or 0, implementation)
+
+
+@torch.no_grad()
+def mlp_dgrad(
+    dout: torch.Tensor, saved: MLPSaved, *, num_sms: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the inputs: drows [R, H] and drow_weight [R] (0 past expert_offsets[-1]).
+
+    dout [R, H]: rows that pad an expert are zero. `num_sms` None takes the forward's. Runs once per
+    forward.
+    """
+    _check_dout(dout, saved)
+    _check_num_sms(num_sms)
+    if saved.gate_up is None:
+        raise ValueError("mlp_dgrad has already run on this forward: call mlp_forward again")
+    drows, drow_weight, saved.d_gate_up = torch.ops.dualpipe_ext.grouped_mlp_dgrad(
+        dout,
+        saved.gate_up,
+        saved.row_weight,
+        saved.w13,
+        saved.w2,
+        saved.expert_offsets,
+        num_sms or saved.num_sms,
+        saved.implementation,
+    )
+    saved.gate_up = None
+    return drows, drow_weight
+
+
+@torch.no_grad()
+def mlp_wgrad(
+    dout: torch.Tensor, saved: MLPSaved, *, num_sms: int | None = None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the weights, any time after mlp_dgrad: dw13 [L, 2I, H] and dw2 [L, H, I].
+
+    For a weight with an fp32 `main_grad` the gradient is added there and None returned for it.
+    """
+    _check_dout(dout, saved)
+    _check_num_sms(num_sms)
+    if saved.d_gate_up is None:
+        raise ValueError("mlp_wgrad needs what mlp_dgrad leaves: call mlp_dgrad first")
+    offsets, num_sms = saved.expert_offsets, num_sms or saved.num_sms
+    return (
+        _wgrad(saved.w13, saved.d_gate_up, saved.rows, offsets, num_sms, saved.implementation),
+        _wgrad(saved.w2, dout, saved.act, offsets, num_sms, saved.implementation),
+    )
+
+
+def _wgrad(weight, y, x, expert_offsets, num_sms, implementation) -> torch.Tensor | None:
+    main_grad = getattr(weight, "main_grad", None)
+    ops = torch.ops.dualpipe_ext
+    if main_grad is None:
+        return ops.grouped_wgrad(y, x, expert_offsets, num_sms, implementation)
+    _check_main_grad(main_grad, weight)
+    ops.grouped_wgrad_(main_grad, y, x, expert_offsets, num_sms, implementation)
+    return None
+
+
+# ---- Checks ----
+
+
+def _check(rows, row_weight, w13, w2, expert_offsets, num_sms, implementation) -> None:
+    if rows.dim() != 2 or w13.dim() != 3 or w2.dim() != 3:
+        raise ValueError(
+            f"rows, w13, w2 have {rows.dim()}, {w13.dim()}, {w2.dim()} dimensions: "
+            "pass [R, H], [L, 2I, H], [L, H, I]"
+        )
+    (R, H), (L, width, _) = rows.shape, w13.shape
+    I = width // 2  # noqa: E741
+    if w13.shape != (L, 2 * I, H) or w2.shape != (L, H, I) or L == 0:
+        raise ValueError(
+            f"w13 {tuple(w13.shape)} and w2 {tuple(w2.shape)} do not fit rows {tuple(rows.shape)}: "
+            f"with H={H} pass w13 [L, 2I, {H}] (gate above up) and w2 [L, {H}, I]"
+        )
+    for name, value in (("hidden", H), ("expert_hidden", I)):
+        if value == 0 or value % 8:
+            remedy = f"pad the model width to {max(8, -(-value // 8) * 8)}"
+            raise ValueError(f"{name}={value} is not a positive multiple of 8: {remedy}")
+    _check_tensors(rows, row_weight, w13, w2, expert_offsets, R, L)
+    _check_num_sms(num_sms)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: pass one of {IMPLEMENTATIONS}")
+
+
+def _check_tensors(rows, row_weight, w13, w2, expert_offsets, R, L) -> None:
+    dtype = rows.dtype
+    if not dtype.is_floating_point or w13.dtype != dtype or w2.dtype != dtype:
+        raise TypeError(
+            f"rows, w13, w2 are {dtype}, {w13.dtype}, {w2.dtype}: pass one floating-point dtype"
+        )
+    weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    if row_weight.dtype != weight_dtype:
+        raise TypeError(f"row_weight is {row_weight.dtype}: pass {weight_dtype} with {dtype} rows")
+    if row_weight.shape != (R,):
+        raise ValueError(f"row_weight is {tuple(row_weight.shape)}: pass one weight a row, ({R},)")
+    if expert_offsets.dtype != torch.int32:
+        raise TypeError(f"expert_offsets is {expert_offsets.dtype}: pass torch.int32")
+    if expert_offsets.shape != (L + 1,):
+        raise ValueError(
+            f"expert_offsets is {tuple(expert_offsets.shape)}: with {L} experts pass ({L + 1},), "
+            "the first row of each and the end of the last"
+        )
+    for name, tensor in (
+        ("row_weight", row_weight),
+        ("w13", w13),
+        ("w2", w2),
+        ("expert_offsets", expert_offsets),
+    ):
+        if tensor.device != rows.device:
+            raise ValueError(f"{name} is on {tensor.device}, rows on {rows.device}: move it there")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}: pass it contiguous")
+
+
+def _check_dout(dout: torch.Tensor, saved: MLPSaved) -> None:
+    rows = saved.rows
+    if dout.shape != rows.shape or dout.dtype != rows.dtype or dout.device != rows.device:
+        raise ValueError(
+            f"dout is {tuple(dout.shape)} {dout.dtype} on {dout.device}: pass the gradient of out, "
+            f"{tuple(rows.shape)} {rows.dtype} on {rows.device}"
+        )
+
+
+def _check_num_sms(num_sms) -> None:
+    if num_sms is not None and (not isinstance(num_sms, int) or num_sms < 1):
+        raise ValueError(f"num_sms={num_sms!r}: pass an int of at least 1, or None for all SMs")
+
+
+def _check_main_grad(main_grad: torch.Tensor, weight: torch.Tensor) -> None:
+    if (
+        main_grad.dtype != torch.float32
+        or main_grad.shape != weight.shape
+        or main_grad.device != weight.device
+        or not main_grad.is_contiguous()
+    ):
+        raise ValueError(
+            f"main_grad is {tuple(main_grad.shape)} {main_grad.dtype} on {main_grad.device} with "
+            f"strides {main_grad.stride()}: pass a contiguous torch.float32 tensor of the weight's "
+            f"shape {tuple(weight.shape)} on {weight.device}"
+        )
+
+
+# ---- Plain torch: the oracle, and the path without a GPU ----
+
+
+def _spans(expert_offsets: torch.Tensor, R: int) -> list[tuple[int, int]]:
+    """First and end row of each expert, on the host."""
+    offsets = expert_offsets.tolist()
+    spans = list(pairwise(offsets))
+    if offsets[0] != 0 or offsets[-1] > R or any(a > b or a % ROW_ALIGNMENT for a, b in spans):
+        raise ValueError(
+            f"expert_offsets={offsets}: pass rising multiples of {ROW_ALIGNMENT} from 0 to at most "
+            f"R={R}, as in Plan.expert_offsets"
+        )
+    return spans
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _reference_forward(rows, row_weight, w13, w2, expert_offsets, out, act, gate_up) -> None:
+    wide = _accumulation_dtype(rows.dtype)
+    for expert, (start, end) in enumerate(_spans(expert_offsets, rows.shape[0])):
+        here = slice(start, end)
+        both = rows[here].to(wide) @ w13[expert].to(wide).T
+        gate, up = both.chunk(2, dim=1)
+        act[here] = torch.nn.functional.silu(gate) * up * row_weight[here, None]
+        out[here] = act[here].to(wide) @ w2[expert].to(wide).T
+        if gate_up is not None:
+            gate_up[here] = both
+
+
+def _reference_dgrad(
+    dout, gate_up, row_weight, w13, w2, expert_offsets, drows, drow_weight, d_gate_up
+) -> None:
+    wide = _accumulation_dtype(dout.dtype)
+    for expert, (start, end) in enumerate(_spans(expert_offsets, dout.shape[0])):
+        here = slice(start, end)
+        gate, up = gate_up[here].to(wide).chunk(2, dim=1)
+        weight = row_weight[here, None]
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        d_act = dout[here].to(wide) @ w2[expert].to(wide)
+        drow_weight[here] = (d_act * silu * up).sum(1)
+        d_gate = d_act * weight * up * (sigmoid + silu * (1 - sigmoid))
+        d_up = d_act * weight * silu
+        d_gate_up[here] = torch.cat((d_gate, d_up), dim=1)
+        drows[here] = d_gate_up[here].to(wide) @ w13[expert].to(wide)
+
+
+def _reference_wgrad(y, x, expert_offsets, dw, accumulate: bool) -> None:
+    wide = _accumulation_dtype(y.dtype)
+    for expert, (start, end) in enumerate(_spans(expert_offsets, y.shape[0])):
+        product = y[start:end].to(wide).T @ x[start:end].to(wide)
+        if accumulate:
+            dw[expert] += product
+        else:
+            dw[expert] = product
+
+
+# ---- Choice of the implementation ----
+
+
+@cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        warnings.warn(
+            "Triton is not installed: the grouped MLP runs as a slow loop over experts. "
+            "Install triton, or pass implementation='reference' to silence this.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+@cache
+def _device_facts(device: torch.device) -> tuple[int, tuple[int, int]]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, (properties.major, properties.minor)
+
+
+def _use_triton(tensor: torch.Tensor, implementation: str) -> bool:
+    if implementation == "reference":
+        return False
+    if tensor.is_cuda:
+        fits = _device_facts(tensor.device)[1] >= (9, 0)
+        if implementation == "auto":
+            return fits and tensor.dtype == torch.bfloat16 and _has_triton()
+        if not fits:
+            raise ValueError(
+                f"implementation='triton' needs TMA, compute capability 9.0: {tensor.device} has "
+                f"{_device_facts(tensor.device)[1]}; pass implementation='auto'"
+            )
+        if tensor.dtype not in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"implementation='triton' takes bfloat16 or float16 on a GPU, rows are "
+                f"{tensor.dtype}: pass implementation='auto'"
+            )
+        return True
+    if implementation == "auto":
+        return False
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    raise ValueError(
+        f"implementation='triton' needs a GPU, rows are on {tensor.device}: pass "
+        "implementation='auto', or set TRITON_INTERPRET=1 to run Triton's interpreter"
+    )
+
+
+def _sm_count(tensor: torch.Tensor, num_sms: int) -> int:
+    if num_sms or not tensor.is_cuda:
+        return num_sms or 1
+    return _device_facts(tensor.device)[0]
+
+
+# ---- Operators ----
+
+
+def _forward(rows, row_weight, w13, w2, expert_offsets, save, num_sms, implementation):
+    (R, H), I = rows.shape, w2.shape[2]  # noqa: E741
+    rows = rows.contiguous()
+    out, act = rows.new_empty(R, H), rows.new_empty(R, I)
+    gate_up = rows.new_empty(R, 2 * I) if save else None
+    if not _use_triton(rows, implementation):
+        _reference_forward(rows, row_weight, w13, w2, expert_offsets, out, act, gate_up)
+    elif R:
+        from .triton_kernels.grouped_gemm import grouped_gemm
+        from .triton_kernels.grouped_swiglu import grouped_gate_up
+
+        sms = _sm_count(rows, num_sms)
+        grouped_gate_up(rows, row_weight, w13, expert_offsets, act, gate_up, num_sms=sms)
+        grouped_gemm(act, w2, expert_offsets, out, weight_is_nk=True, num_sms=sms)
+    return out, act, rows.new_empty(0, 2 * I) if gate_up is None else gate_up
+
+
+def _forward_fake(rows, row_weight, w13, w2, expert_offsets, save, num_sms, implementation):
+    (R, H), I = rows.shape, w2.shape[2]  # noqa: E741
+    return rows.new_empty(R, H), rows.new_empty(R, I), rows.new_empty(R if save else 0, 2 * I)
+
+
+def _dgrad(dout, gate_up, row_weight, w13, w2, expert_offsets, num_sms, implementation):
+    (R, H) = dout.shape
+    dout = dout.contiguous()
+    drows, d_gate_up = dout.new_empty(R, H), torch.empty_like(gate_up)
+    drow_weight = torch.zeros_like(row_weight)
+    if not _use_triton(dout, implementation):
+        _reference_dgrad(
+            dout, gate_up, row_weight, w13, w2, expert_offsets, drows, drow_weight, d_gate_up
+        )
+    elif R:
+        from .triton_kernels.grouped_gemm import grouped_gemm
+        from .triton_kernels.grouped_swiglu import grouped_swiglu_backward
+
+        sms = _sm_count(dout, num_sms)
+        drow_weight = grouped_swiglu_backward(
+            dout, w2, gate_up, row_weight, expert_offsets, d_gate_up, num_sms=sms
+        )
+        grouped_gemm(d_gate_up, w13, expert_offsets, drows, weight_is_nk=False, num_sms=sms)
+    return drows, drow_weight, d_gate_up
+
+
+def _dgrad_fake(dout, gate_up, row_weight, w13, w2, expert_offsets, num_sms, implementation):
+    return dout.new_empty(dout.shape), torch.empty_like(row_weight), torch.empty_like(gate_up)
+
+
+def _wgrad_into(dw, y, x, expert_offsets, num_sms, implementation, accumulate):
+    y, x = y.contiguous(), x.contiguous()
+    if not _use_triton(y, implementation):
+        _reference_wgrad(y, x, expert_offsets, dw, accumulate)
+    elif y.shape[0]:
+        from .triton_kernels.grouped_wgrad import grouped_wgrad
+
+        sms = _sm_count(y, num_sms)
+        grouped_wgrad(y, x, expert_offsets, dw, accumulate=accumulate, num_sms=sms)
+    elif not accumulate:
+        dw.zero_()
+
+
+def _wgrad_new(y, x, expert_offsets, num_sms, implementation):
+    dw = _wgrad_fake(y, x, expert_offsets, num_sms, implementation)
+    _wgrad_into(dw, y, x, expert_offsets, num_sms, implementation, False)
+    return dw
+
+
+def _wgrad_fake(y, x, expert_offsets, num_sms, implementation):
+    return y.new_empty(expert_offsets.shape[0] - 1, y.shape[1], x.shape[1])
+
+
+def _wgrad_add(main_grad, y, x, expert_offsets, num_sms, implementation):
+    _wgrad_into(main_grad, y, x, expert_offsets, num_sms, implementation, True)
+
+
+def _setup_context(ctx, inputs, output):
+    rows, row_weight, w13, w2, expert_offsets, _, ctx.num_sms, ctx.implementation = inputs
+    _, act, gate_up = output
+    ctx.mark_non_differentiable(act, gate_up)
+    ctx.save_for_backward(rows, row_weight, w13, w2, expert_offsets, act, gate_up)
+
+
+def _backward(ctx, dout, _d_act, _d_gate_up):
+    rows, row_weight, w13, w2, expert_offsets, act, gate_up = ctx.saved_tensors
+    how = (ctx.num_sms, ctx.implementation)
+    drows, drow_weight, d_gate_up = torch.ops.dualpipe_ext.grouped_mlp_dgrad(
+        dout, gate_up, row_weight, w13, w2, expert_offsets, *how
+    )
+    need = ctx.needs_input_grad
+    dw13 = _wgrad(w13, d_gate_up, rows, expert_offsets, *how) if need[2] else None
+    dw2 = _wgrad(w2, dout, act, expert_offsets, *how) if need[3] else None
+    return drows, drow_weight, dw13, dw2, None, None, None, None
+
+
+# Library.define and impl cost about 1 us a call, torch.library.custom_op tens.
+_library = torch.library.Library("dualpipe_ext", "FRAGMENT")
+_HOW = "int num_sms, str implementation"
+for _schema, _implementation, _fake in (
+    (
+        "grouped_mlp_forward(Tensor rows, Tensor row_weight, Tensor w13, Tensor w2, "
+        f"Tensor expert_offsets, bool save, {_HOW}) -> (Tensor, Tensor, Tensor)",
+        _forward,
+        _forward_fake,
+    ),
+    (
+        "grouped_mlp_dgrad(Tensor dout, Tensor gate_up, Tensor row_weight, Tensor w13, Tensor w2, "
+        f"Tensor expert_offsets, {_HOW}) -> (Tensor, Tensor, Tensor)",
+        _dgrad,
+        _dgrad_fake,
+    ),
+    (
+        f"grouped_wgrad(Tensor y, Tensor x, Tensor expert_offsets, {_HOW}) -> Tensor",
+        _wgrad_new,
+        _wgrad_fake,
+    ),
+    (
+        "grouped_wgrad_(Tensor(a!) main_grad, Tensor y, Tensor x, Tensor expert_offsets, "
+        f"{_HOW}) -> ()",
+        _wgrad_add,
+        lambda *arguments: None,
+    ),
+):
+    _library.define(_schema)
+    _name = _schema.partition("(")[0]
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _implementation, _key)
+    torch.library.register_fake(f"dualpipe_ext::{_name}", _fake, lib=_library)
+torch.library.register_autograd(
+    "dualpipe_ext::grouped_mlp_forward", _backward, setup_context=_setup_context, lib=_library
+)

@@ -1,0 +1,406 @@
+"""A mixture-of-experts layer whose experts are spread over the ranks of a group.
+
+Letters: T tokens of this rank, H hidden, E experts, K experts a token, P ranks of the group,
+L = E / P local experts (rank r owns the experts [r·L, (r+1)·L)), I expert width, S shared width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .exchange import Exchange, _process_group
+from .grouped_mlp import grouped_mlp
+from .router import Router
+
+__all__ = ["MoELayer", "SharedExpert"]
+
+
+class MoELayer(nn.Module):
+    """Router, dispatch to the experts' ranks, grouped SwiGLU, combine: ``y = layer(x)``.
+
+    ``x`` [..., H] may hold another number of tokens on every rank, none included. Every rank of
+    the group calls forward, and backward, equally often and in the same order. Under
+    ``torch.autocast`` the experts run in its dtype; else ``x`` has the experts' dtype.
+
+    After a forward the layer holds
+
+    - ``aux_loss``: scalar, ``aux_loss_coefficient`` × the router's balance loss over this rank's
+      tokens. It carries a gradient: add it to the loss of the same step.
+    - ``tokens_per_expert`` [E] int64, on the device: this rank's routes to every expert.
+
+    Parameters and their state-dict keys (a sharded checkpoint holds a rank's own shard, cut along
+    the first dimension; :meth:`full_state_dict` and :meth:`load_dense_state_dict` convert):
+
+    ====================  ==========  ===============================================
+    ``router.weight``     [E, H]      fp32, replicated
+    ``router.bias``       [E]         fp32 buffer, replicated, only for ``"sigmoid"``
+    ``w13``               [L, 2I, H]  sharded; rows 0..I−1 gate, I..2I−1 up
+    ``w2``                [L, H, I]   sharded
+    ``shared_expert.w13`` [2S, H]     replicated, only if ``shared_expert_hidden`` > 0
+    ``shared_expert.w2``  [H, S]      replicated, likewise
+    ====================  ==========  ===============================================
+
+    **Reducing gradients.** ``w13`` and ``w2`` carry ``expert_parallel = True``. Their gradients
+    already are sums over the tokens of all P ranks, because the tokens came to the experts; the
+    others hold this rank's part. When each rank's loss is a mean over its own tokens, the gradient
+    of the mean over ranks is: all-reduce the replicated gradients, then divide all of them by P::
+
+        for p in layer.parameters():
+            if not getattr(p, "expert_parallel", False):
+                dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size(group)
+
+    Where the group is a part of N data-parallel ranks, all-reduce the replicated gradients over
+    all N, the expert gradients over the N / P ranks that hold the same experts, and divide by N.
+    Keep the expert parameters out of ``DistributedDataParallel``: it would mix different experts.
+
+    Args:
+        hidden, expert_hidden: H and I, multiples of 8 (rows move in units of 16 bytes).
+        num_experts, topk: E, a multiple of P, and K.
+        group: a process group, a 1-D DeviceMesh, or None: all experts on this rank, and no process
+            group needed. None does *not* mean the default group.
+        backend, comm_sms: see :class:`~dualpipe_ext.Exchange`.
+        num_sms: streaming multiprocessors the expert GEMMs may take, None = all.
+        router: ``"softmax"``, ``"sigmoid"``, or a module that maps x [T, H] to
+            :class:`~dualpipe_ext.router.Routes`, for example a ``Router(H, E, K, kind="sigmoid",
+            n_groups=8, topk_groups=4, route_scale=2.5)``.
+        shared_expert_hidden: S, the width of a dense SwiGLU that sees every token, 0 = none.
+        max_tokens: the most tokens any rank will ever pass, the size of the exchange buffers. None:
+            the first forward agrees on the largest count among the ranks (one small all-reduce).
+        exchange: an :class:`~dualpipe_ext.Exchange` of the same sizes that layers share; without
+            it every layer opens its own at the first forward and owns as many buffers. Rows leave
+            the buffers before a call returns, so layers that run one after the other can share.
+        aux_loss_coefficient: factor on the balance loss (Switch Transformer: 0.01).
+        init_std: see :meth:`reset_parameters`.
+        dtype, device: of the experts; None = torch's defaults. The router has fp32 at least.
+
+    Raises:
+        ValueError: sizes that do not fit each other, the group, or a given exchange.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        expert_hidden: int,
+        num_experts: int,
+        topk: int,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        backend: str = "auto",
+        comm_sms: int = 16,
+        num_sms: int | None = None,
+        router: str | nn.Module = "softmax",
+        shared_expert_hidden: int = 0,
+        max_tokens: int | None = None,
+        exchange: Exchange | None = None,
+        aux_loss_coefficient: float = 0.01,
+        init_std: float = 0.02,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.group = _process_group(group)
+        self.rank = 0 if self.group is None else dist.get_rank(self.group)
+        self.world_size = 1 if self.group is None else dist.get_world_size(self.group)
+        self.hidden, self.expert_hidden = hidden, expert_hidden
+        self.num_experts, self.topk = num_experts, topk
+        self._check_sizes(shared_expert_hidden)
+        self.num_local_experts = num_experts // self.world_size
+        self.backend, self.comm_sms, self.num_sms = backend, comm_sms, num_sms
+        self.shared_expert_hidden = shared_expert_hidden
+        self.max_tokens = max_tokens
+        self.aux_loss_coefficient, self.init_std = aux_loss_coefficient, init_std
+        self.exchange, self._owns_exchange = exchange, exchange is None
+        if exchange is not None:
+            self._check_exchange(exchange)
+
+        dtype = dtype or torch.get_default_dtype()
+        self._owns_router = isinstance(router, str)
+        if self._owns_router:
+            wide = torch.promote_types(dtype, torch.float32)
+            router = Router(hidden, num_experts, topk, kind=router, dtype=wide)
+        self.router = router if device is None else router.to(device)
+        like = {"dtype": dtype, "device": device}
+        local = self.num_local_experts
+        self.w13 = nn.Parameter(torch.empty(local, 2 * expert_hidden, hidden, **like))
+        self.w2 = nn.Parameter(torch.empty(local, hidden, expert_hidden, **like))
+        self.w13.expert_parallel = self.w2.expert_parallel = True
+        self.shared_expert = None
+        if shared_expert_hidden:
+            self.shared_expert = SharedExpert(hidden, shared_expert_hidden, **like)
+        self.aux_loss: Tensor | None = None
+        self.tokens_per_expert: Tensor | None = None
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., H] → the same shape, in the dtype the experts run in.
+
+        Raises:
+            ValueError: a wrong last dimension or device, or more tokens than ``max_tokens``. Other
+                ranks then wait for this one until the exchange's timeout.
+            TypeError: a dtype that is not the experts', outside of autocast.
+        """
+        self._check_shape_and_device(x)
+        dtype = self._expert_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            x_TH = x.reshape(-1, self.hidden)
+            routes = self.router(x_TH)
+            self.aux_loss = self.aux_loss_coefficient * routes.aux_loss
+            self.tokens_per_expert = routes.tokens_per_expert
+
+            x_TH = x_TH.to(dtype)
+            exchange = self._open_exchange(x_TH)
+            plan = exchange.plan(routes.topk_idx)
+            rows_RH, weight_R = exchange.dispatch(x_TH, plan, topk_weight=routes.topk_weight)
+            w13, w2 = self.w13.to(dtype), self.w2.to(dtype)
+            out_RH = grouped_mlp(
+                rows_RH, weight_R, w13, w2, plan.expert_offsets, num_sms=self.num_sms
+            )
+            y_TH = exchange.combine(out_RH, plan)
+            if self.shared_expert is not None:
+                y_TH = y_TH + self.shared_expert(x_TH)
+        return y_TH.reshape(x.shape)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Draws all weights from a normal distribution with ``init_std``.
+
+        Every expert has its own stream of random numbers, made from the seed and the expert's
+        global index: the same seed gives the same model whatever P is (on one kind of device).
+        None takes the seed from torch's default CPU generator, so call ``torch.manual_seed`` with
+        the same number on all ranks. A router passed as a module keeps the weights it has.
+        """
+        if seed is None:
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        if self.w13.is_meta:
+            return
+        generator = torch.Generator(self.w13.device).manual_seed(seed)
+        if self._owns_router:
+            self.router.reset_parameters(self.init_std, generator)
+        if self.shared_expert is not None:
+            self.shared_expert.reset_parameters(self.init_std, generator)
+        for local in range(self.num_local_experts):
+            generator.manual_seed(seed + 1 + self.rank * self.num_local_experts + local)
+            for weight in (self.w13[local], self.w2[local]):
+                drawn = torch.empty_like(weight, dtype=torch.float32)
+                weight.copy_(drawn.normal_(0.0, self.init_std, generator=generator))
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: MoELayer | Mapping[str, Tensor],
+        *,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        **options,
+    ) -> MoELayer:
+        """A sharded layer with the weights of an unsharded one; every rank passes all of them.
+
+        ``dense`` is a MoELayer of one rank, whose options are taken over, or its state dict (keys
+        and shapes in the class docstring, with L = E), which needs ``topk=`` and, for anything but
+        a default router, ``router=``. ``options`` are the constructor's, and win.
+
+        Raises:
+            ValueError: ``dense`` is sharded itself, or a state dict comes without ``topk``.
+        """
+        if isinstance(dense, MoELayer):
+            if dense.world_size != 1:
+                raise ValueError(
+                    f"the layer is sharded over {dense.world_size} ranks, 1 is needed: pass its "
+                    "full_state_dict() and topk="
+                )
+            state, found = dense.state_dict(), dense._options()
+        else:
+            if "topk" not in options:
+                raise ValueError(
+                    "a state dict does not say how many experts a token uses: pass topk="
+                )
+            state, found = dense, _options_from_shapes(dense)
+        layer = cls(group=group, **(found | options))
+        layer.load_dense_state_dict(state)
+        return layer
+
+    def load_dense_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Loads this rank's share of an unsharded layer's state dict. No communication.
+
+        Raises:
+            ValueError: ``w13`` or ``w2`` do not hold E experts.
+            RuntimeError: missing or unexpected keys, or other shapes (``load_state_dict``).
+        """
+        state = dict(state)
+        first = self.rank * self.num_local_experts
+        for name in ("w13", "w2"):
+            if name in state:
+                if state[name].shape[0] != self.num_experts:
+                    raise ValueError(
+                        f"{name} holds {state[name].shape[0]} experts, this layer has "
+                        f"{self.num_experts}: pass an unsharded state dict, or use load_state_dict "
+                        "for a shard"
+                    )
+                state[name] = state[name][first : first + self.num_local_experts]
+        self.load_state_dict(state)
+
+    @torch.no_grad()
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The state dict of the unsharded layer, on every rank; all ranks of the group call it."""
+        state = dict(self.state_dict())
+        if self.world_size > 1:
+            for name in ("w13", "w2"):
+                shard = state[name].contiguous()
+                full = shard.new_empty(self.world_size, *shard.shape)
+                dist.all_gather(list(full.unbind()), shard, group=self.group)
+                state[name] = full.flatten(0, 1)
+        return state
+
+    def close(self) -> None:
+        """Frees the exchange buffers that the layer opened itself; all ranks call it together."""
+        if self._owns_exchange and self.exchange is not None:
+            self.exchange.close()
+            self.exchange = None
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden={self.hidden}, expert_hidden={self.expert_hidden}, top-{self.topk} of "
+            f"{self.num_experts} experts, {self.num_local_experts} on rank {self.rank} of "
+            f"{self.world_size}"
+        )
+
+    def _check_shape_and_device(self, x: Tensor) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.hidden:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, its last dimension must be hidden={self.hidden}: "
+                "pass the residual stream's activations"
+            )
+        if x.device != self.w13.device:
+            raise ValueError(
+                f"x is on {x.device}, the layer on {self.w13.device}: move one of them with .to()"
+            )
+
+    def _expert_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of dispatched rows and expert GEMMs: autocast's, else the parameters'."""
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        if x.dtype != self.w13.dtype:
+            raise TypeError(
+                f"x is {x.dtype}, the experts are {self.w13.dtype}: cast x, build the layer with "
+                f"dtype={x.dtype}, or run it under torch.autocast"
+            )
+        return x.dtype
+
+    def _open_exchange(self, x_TH: Tensor) -> Exchange:
+        """The exchange, created now if this is the first forward; checks the number of tokens."""
+        if self.exchange is None:
+            if self.max_tokens is None:
+                self.max_tokens = self._largest_token_count(x_TH)
+            self.exchange = Exchange(
+                self.group,
+                hidden=self.hidden,
+                num_experts=self.num_experts,
+                topk=self.topk,
+                max_tokens=self.max_tokens,
+                dtype=x_TH.dtype,
+                backend=self.backend,
+                comm_sms=self.comm_sms,
+                device=x_TH.device,
+            )
+        limit = self.exchange.max_tokens
+        if x_TH.shape[0] > limit:
+            raise ValueError(
+                f"x holds {x_TH.shape[0]} tokens, the exchange buffers {limit}: pass "
+                f"max_tokens={x_TH.shape[0]} or more when the layer or its exchange is built"
+            )
+        return self.exchange
+
+    def _largest_token_count(self, x_TH: Tensor) -> int:
+        largest = torch.tensor(x_TH.shape[0], device=x_TH.device)
+        if self.world_size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return max(1, int(largest))
+
+    def _check_sizes(self, shared_expert_hidden: int) -> None:
+        sizes = {"hidden": self.hidden, "expert_hidden": self.expert_hidden}
+        if shared_expert_hidden:
+            sizes["shared_expert_hidden"] = shared_expert_hidden
+        for name, value in sizes.items():
+            if value < 8 or value % 8:
+                raise ValueError(
+                    f"{name}={value} is not a positive multiple of 8: "
+                    f"pad it to {max(8, -(-value // 8) * 8)}"
+                )
+        experts, ranks = self.num_experts, self.world_size
+        if experts < 1 or experts % ranks:
+            raise ValueError(
+                f"num_experts={experts} does not divide over the group's {ranks} ranks: "
+                f"use a multiple of {ranks}, such as {max(1, -(-experts // ranks)) * ranks}"
+            )
+        if not 1 <= self.topk <= experts:
+            raise ValueError(
+                f"topk={self.topk} is outside 1..{experts}: choose at most num_experts={experts} "
+                "experts a token"
+            )
+
+    def _check_exchange(self, exchange: Exchange) -> None:
+        for name in ("hidden", "num_experts", "topk", "world_size"):
+            theirs, ours = getattr(exchange, name), getattr(self, name)
+            if theirs != ours:
+                raise ValueError(
+                    f"the shared exchange has {name}={theirs}, the layer {ours}: "
+                    "share an exchange among layers of equal sizes only"
+                )
+
+    def _options(self) -> dict:
+        """Constructor options that :meth:`from_dense` takes over."""
+        return {
+            "hidden": self.hidden,
+            "expert_hidden": self.expert_hidden,
+            "num_experts": self.num_experts,
+            "topk": self.topk,
+            "backend": self.backend,
+            "comm_sms": self.comm_sms,
+            "num_sms": self.num_sms,
+            "router": copy.deepcopy(self.router),
+            "shared_expert_hidden": self.shared_expert_hidden,
+            "aux_loss_coefficient": self.aux_loss_coefficient,
+            "init_std": self.init_std,
+            "dtype": self.w13.dtype,
+            "device": self.w13.device,
+        }
+
+
+class SharedExpert(nn.Module):
+    """A dense SwiGLU for every token: ``w13`` [2S, H] (gate, then up), ``w2`` [H, S]."""
+
+    def __init__(self, hidden: int, width: int, *, dtype: torch.dtype, device=None) -> None:
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(2 * width, hidden, dtype=dtype, device=device))
+        self.w2 = nn.Parameter(torch.empty(hidden, width, dtype=dtype, device=device))
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float, generator: torch.Generator | None = None) -> None:
+        self.w13.normal_(0.0, std, generator=generator)
+        self.w2.normal_(0.0, std, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.w13.to(x.dtype)).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.w2.to(x.dtype))
+
+
+def _options_from_shapes(state: Mapping[str, Tensor]) -> dict:
+    """Sizes of an unsharded layer from its state dict."""
+    num_experts, double_width, hidden = state["w13"].shape
+    shared = state.get("shared_expert.w2")
+    return {
+        "hidden": hidden,
+        "expert_hidden": double_width // 2,
+        "num_experts": num_experts,
+        "router": "sigmoid" if "router.bias" in state else "softmax",
+        "shared_expert_hidden": 0 if shared is None else shared.shape[1],
+        "dtype": state["w13"].dtype,
+        "device": state["w13"].device,
+    }

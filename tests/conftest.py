@@ -1,0 +1,79 @@
+"""Fixtures and skipping shared by all tests."""
+
+import zlib
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.workers import WorkerPool
+
+GPUS_NEEDED = {"gpu": 1, "gpu_2": 2, "gpu_4": 4}
+_untested: pytest.StashKey[Counter] = pytest.StashKey()
+
+try:
+    import hypothesis
+
+    # Examples share slow cores with other processes: how long one takes says nothing.
+    hypothesis.settings.register_profile("project", deadline=None)
+    hypothesis.settings.load_profile("project")
+except ImportError:
+    pass
+
+
+def pytest_collection_modifyitems(config, items):
+    present = torch.cuda.device_count()
+    untested = config.stash.setdefault(_untested, Counter())
+    for item in items:
+        for marker, needed in GPUS_NEEDED.items():
+            if needed > present and item.get_closest_marker(marker):
+                reason = f"needs {needed} CUDA devices, this machine has {present}"
+                item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
+                untested[marker, reason] += 1
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for (marker, reason), count in sorted(config.stash.get(_untested, Counter()).items()):
+        terminalreporter.write_line(f"not tested here: {count} tests marked {marker} ({reason})")
+
+
+def _seed(request) -> int:
+    return zlib.crc32(request.node.nodeid.encode())
+
+
+@pytest.fixture(autouse=True)
+def _seed_torch(request):
+    torch.manual_seed(_seed(request))
+
+
+@pytest.fixture
+def rng(request) -> torch.Generator:
+    """A CPU generator whose seed depends on the test alone, not on the order of the tests."""
+    return torch.Generator().manual_seed(_seed(request))
+
+
+def _pool(world_size: int, backend: str):
+    with WorkerPool(world_size, backend) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def gloo_workers_2():
+    yield from _pool(2, "gloo")
+
+
+@pytest.fixture(scope="session")
+def gloo_workers_4():
+    yield from _pool(4, "gloo")
+
+
+@pytest.fixture(scope="session")
+def gpu_workers_2():
+    """Use with the marker gpu_2."""
+    yield from _pool(2, "nccl")
+
+
+@pytest.fixture(scope="session")
+def gpu_workers_4():
+    """Use with the marker gpu_4."""
+    yield from _pool(4, "nccl")

@@ -1,0 +1,67 @@
+"""The exchange's contract on the reference backend; the NVLink backend's is in tests/gpu."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dualpipe_ext import Exchange
+from dualpipe_ext.exchange import choose_backend
+from tests.exchange_cases import (
+    ROUTINGS,
+    Case,
+    check_bad_arguments,
+    check_case,
+    check_gradients,
+    check_routings,
+    check_subgroups,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_routing_on_four_ranks(gloo_workers_4, dtype):
+    ran = gloo_workers_4.run(check_routings, "reference", 24, 3, 8, 40, (16,), dtype)
+    assert ran == ["reference"] * 4
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_smaller_groups(gloo_workers_4, num_ranks):
+    gloo_workers_4.run(check_subgroups, "reference", num_ranks)
+
+
+@settings(max_examples=30)
+@given(
+    routing=st.sampled_from(ROUTINGS),
+    tokens=st.integers(1, 300),
+    topk=st.integers(1, 8),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_on_one_rank(routing, tokens, topk, seed):
+    case = Case(routing, 8, topk, 8, tokens, seed, torch.float32)
+    sizes = dict(hidden=8, num_experts=8, topk=topk, max_tokens=tokens, dtype=torch.float32)
+    with Exchange(backend="reference", device="cpu", **sizes) as exchange:
+        check_case(exchange, case)
+
+
+def test_gradients(gloo_workers_4):
+    gloo_workers_4.run(check_gradients, "reference")
+
+
+def test_bad_arguments_name_value_limit_and_remedy(gloo_workers_4):
+    messages = gloo_workers_4.run(check_bad_arguments, "reference")[0]
+    assert any("hidden=70 is not a multiple of 8: pad the model width to 72" in m for m in messages)
+    assert any("num_experts=9" in m and "use 12 experts" in m for m in messages)
+    assert any("20 tokens exceed max_tokens=16" in m for m in messages)
+
+
+def test_bad_arguments_without_a_group():
+    check_bad_arguments(0, None, "auto")
+
+
+def test_nvlink_backend_says_why_it_cannot_run_on_a_cpu():
+    cpu = torch.device("cpu")
+    assert choose_backend("auto", cpu, 4)[0] == "reference"
+    with pytest.raises(ValueError, match="tokens are on cpu: move the model to a CUDA device"):
+        choose_backend("nvlink", cpu, 4)
+    with pytest.raises(ValueError, match="cannot run here"):
+        Exchange(hidden=8, num_experts=2, topk=1, max_tokens=4, backend="nvlink", device="cpu")
