@@ -10,6 +10,7 @@ Environment:
   CXX, MAX_JOBS         host compiler; number of compilers at once (default: one a core)
 """
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -281,7 +282,9 @@ class BuildCudaExtension(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         linked = objects / library.name
         try:
-            run_steps(plan_steps(tools, sources, objects, linked), objects)
+            with open(objects / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # another build of this tree may be running
+                run_steps(plan_steps(tools, sources, objects, linked), objects)
         except subprocess.CalledProcessError as failed:
             raise SystemExit(
                 f"dualpipe_ext: compiling failed (exit code {failed.returncode}, messages above); "

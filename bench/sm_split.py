@@ -147,7 +147,7 @@ def time_variants(variants: dict, repeats: int, warmup: int) -> dict[str, float]
     for repeat in range(warmup + repeats):
         for name, launch in variants.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(200_000)  # 0.1 ms in which the host runs ahead of the device
+            torch.cuda._sleep(2_000_000)  # 1 ms in which the host runs ahead of the device
             dist.all_reduce(line_up)
             begin.record()
             launch()

@@ -31,8 +31,8 @@ __device__ __forceinline__ uint64_t current_epoch(const Exchange& ex, int operat
   return load_volatile(&signals_of(ex, ex.rank, operation)->epoch) + 1;
 }
 
-__device__ __noinline__ void report_fault(const Exchange& ex, int operation, int phase, int peer,
-                                          uint64_t expected, uint64_t seen) {
+static __device__ __noinline__ void report_fault(const Exchange& ex, int operation, int phase,
+                                                 int peer, uint64_t expected, uint64_t seen) {
   auto* claim = reinterpret_cast<unsigned long long*>(abort_flag(ex));
   if (atomicCAS(claim, 0ull, 1ull) != 0ull) return;
   volatile Fault* fault = ex.fault;

@@ -228,7 +228,7 @@ class Team {
     add_local_rows(piece, slot);
     for (int i = 0; i < partials; ++i) piece.add(partial_row(ex_.rank, token, i));
     piece.store(static_cast<char*>(args_.y) + static_cast<int64_t>(token) * ex_.row_bytes());
-    if (args_.row_weight && piece_index == 0 && lane_ < ex_.topk) {
+    if (args_.topk_weight && piece_index == 0 && lane_ < ex_.topk) {
       const int64_t at = static_cast<int64_t>(token) * ex_.topk + lane_;
       const int expert = args_.topk_idx[at];
       const bool dropped = expert < 0 || expert >= ex_.experts;

@@ -142,11 +142,11 @@ struct PlanArgs {
 struct DispatchArgs {
   int channel;
   const void* x;             // [T][H]
-  const float* topk_weight;  // [T][K] or null
+  const float* topk_weight;  // [T][K]; null without weights, or without tokens
   int tokens;
   const int32_t* plan;
   void* rows;         // [R][H]
-  float* row_weight;  // [R], null with topk_weight
+  float* row_weight;  // [R]; null without weights, or without rows
   int sms;
   void* stream;
 };
@@ -154,12 +154,12 @@ struct DispatchArgs {
 struct CombineArgs {
   int channel;
   const void* rows;         // [R][H]
-  const float* row_weight;  // [R] or null
+  const float* row_weight;  // [R]; null without weights, or without rows
   const int32_t* topk_idx;  // [T][K]
   int tokens;
   const int32_t* plan;
   void* y;             // [T][H]
-  float* topk_weight;  // [T][K], null with row_weight
+  float* topk_weight;  // [T][K]; null without weights, or without tokens
   int sms;
   void* stream;
 };

@@ -1,4 +1,4 @@
-"""The command `dualpipe-ext`: a subcommand adds its parser here, and imports its module when run."""
+"""The command `dualpipe-ext`: a subcommand adds its parser here and imports its module when run."""
 
 import argparse
 import json

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         for marker, needed in GPUS_NEEDED.items():
             if needed > present and item.get_closest_marker(marker):
-                reason = f"needs {needed} CUDA devices, this machine has {present}"
+                reason = f"CUDA devices needed: {needed}, here: {present}"
                 item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
                 untested[marker, reason] += 1
 

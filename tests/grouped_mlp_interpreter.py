@@ -21,7 +21,7 @@ def _reduce(self, kind, desc, value, indices):
 
 
 def run(problem, dout, implementation: str, num_sms: int) -> dict[str, torch.Tensor]:
-    """All results of one forward and backward, outputs poisoned where the caller can reach them."""
+    """All results of one forward and backward, without the rows past the last expert."""
     end = int(problem[4][-1])
     out, saved = mlp_forward(*problem, implementation=implementation, num_sms=num_sms)
     gate_up = saved.gate_up[:end].clone()

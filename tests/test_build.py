@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def copy(tmp_path) -> Path:
     for name in ("csrc", "dualpipe_ext", "triton_kernels"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", "triton_kernels")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
+    for name in ("pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     text = (ROOT / "setup.py").read_text()
     assert text.count('Path("/usr/local/cuda")') == 1
@@ -66,13 +67,13 @@ def run_python(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
     )
 
 
-def build_wheel(copy: Path, kind: str) -> zipfile.ZipFile:
-    """`kind` is "wheel" or "editable"; without CUDA, which takes half a second."""
+def build_distribution(copy: Path, kind: str) -> Path:
+    """`kind` is "wheel", "editable" or "sdist"; without CUDA, which takes half a second."""
     call = f"import setuptools.build_meta as b; b.build_{kind}('out')"
     done = run_python("-c", call, cwd=copy, DUALPIPE_BUILD_CUDA="0")
     assert done.returncode == 0, done.stderr
-    (wheel,) = (copy / "out").glob("*.whl")
-    return zipfile.ZipFile(wheel)
+    (built,) = (copy / "out").iterdir()
+    return built
 
 
 def test_every_source_is_in_the_extension(record):
@@ -238,7 +239,7 @@ def test_changed_header_recompiles_only_what_includes_it(tmp_path):
 
 
 def test_wheel_holds_the_package_and_nothing_beside_it(copy):
-    wheel = build_wheel(copy, "wheel")
+    wheel = zipfile.ZipFile(build_distribution(copy, "wheel"))
     names = wheel.namelist()
     assert "dualpipe_ext/_build.json" in names
     kernels = {f"dualpipe_ext/triton_kernels/{p.name}" for p in ROOT.glob("triton_kernels/*.py")}
@@ -249,8 +250,16 @@ def test_wheel_holds_the_package_and_nothing_beside_it(copy):
     assert "dualpipe-ext = dualpipe_ext.cli:main" in wheel.read(scripts).decode()
 
 
+def test_sdist_holds_everything_that_the_build_reads(copy):
+    with tarfile.open(build_distribution(copy, "sdist")) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    read = [path for name in ("csrc", "triton_kernels") for path in (copy / name).iterdir()]
+    assert {str(path.relative_to(copy)) for path in read} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "dualpipe_ext/__init__.py"} <= names
+
+
 def test_editable_install_finds_the_kernels_under_their_installed_name(copy):
-    build_wheel(copy, "editable").extractall(copy / "site")
+    zipfile.ZipFile(build_distribution(copy, "editable")).extractall(copy / "site")
     (copy / "dualpipe_ext" / "__init__.py").write_text("")  # -S hides torch, and other installs
     script = (
         f"import site; site.addsitedir({str(copy / 'site')!r})\n"

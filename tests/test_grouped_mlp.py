@@ -204,9 +204,9 @@ def test_widths_must_be_multiples_of_8(H, I, message):  # noqa: E741
 
 def test_bad_options_are_named():
     problem, dout = make_problem((3,), 8, 8, torch.bfloat16)
-    with pytest.raises(ValueError, match="num_sms=0.*at least 1"):
+    with pytest.raises(ValueError, match=r"num_sms=0.*at least 1"):
         grouped_mlp(*problem, num_sms=0)
-    with pytest.raises(ValueError, match="implementation='cuda'.*'reference'"):
+    with pytest.raises(ValueError, match=r"implementation='cuda'.*'reference'"):
         grouped_mlp(*problem, implementation="cuda")
     with pytest.raises(ValueError, match="implementation='triton' needs a GPU"):
         grouped_mlp(*problem, implementation="triton")

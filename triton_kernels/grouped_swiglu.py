@@ -205,7 +205,7 @@ def store_gate_up_gradient(
     return part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def swiglu_backward_kernel(
     d_out_desc,
     w2_desc,

@@ -25,7 +25,7 @@ def put_strips(dw_desc, expert, m, n, acc, ACCUMULATE: tl.constexpr, SPLIT: tl.c
         put_strips(dw_desc, expert, m, n + width // 2, right, ACCUMULATE, SPLIT // 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def grouped_wgrad_kernel(
     y_desc,
     x_desc,

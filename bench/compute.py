@@ -1,0 +1,370 @@
+"""Times the grouped MLP's kernels beside `torch._grouped_mm` on one GPU.
+
+    python3 bench/compute.py [--json FILE] [--num-sms N] [--sweep [KERNEL ...]]
+
+Variants are interleaved, a round each in turn, and medians compared: absolute times drift, ratios
+hold. Inputs rotate through sets larger than L2. A delay in front of every round lets the host queue
+it whole, so that device events see the kernels and not the launches.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import triton
+
+from dualpipe_ext.grouped_mlp import mlp_forward
+from dualpipe_ext.triton_kernels import tiles
+from dualpipe_ext.triton_kernels.grouped_gemm import grouped_gemm
+from dualpipe_ext.triton_kernels.grouped_swiglu import grouped_gate_up, grouped_swiglu_backward
+from dualpipe_ext.triton_kernels.grouped_wgrad import grouped_wgrad
+from dualpipe_ext.triton_kernels.tiles import TileConfig
+
+ROUNDS = 15
+SETS = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One MLP: L experts, R rows spread evenly, hidden H, expert width I."""
+
+    L: int
+    R: int
+    H: int
+    I: int  # noqa: E741
+
+    def __str__(self):
+        return f"E{self.L} T{self.R} H{self.H} I{self.I}"
+
+    def flops(self, gemm: str) -> float:
+        """Of one GEMM; `gate_up` and what belongs to it is twice `down`."""
+        return 2 * self.R * self.H * self.I * (2 if gemm in ("gate_up", "drows", "dw13") else 1)
+
+
+# Gate-up and down GEMMs of these three are the five (and a sixth) of the anchors:
+# E64 T32768 K7168 N4096 and K2048 N7168; E16 T32768 K4096 N3072 and K1536 N4096; E32 T16384
+# K2048 N1536 (and K768 N2048).
+SHAPES = (
+    Shape(64, 32768, 7168, 2048),
+    Shape(16, 32768, 4096, 1536),
+    Shape(32, 16384, 2048, 768),
+)
+
+
+class Problem:
+    """Tensors of one MLP, and each step by our kernels and by `torch._grouped_mm`."""
+
+    def __init__(self, shape: Shape, num_sms: int):
+        L, R, H, I = shape.L, shape.R, shape.H, shape.I  # noqa: E741
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def draw(*size, scale=1.0):
+            values = torch.empty(size, dtype=torch.bfloat16, device="cuda")
+            return values.normal_(std=scale, generator=generator)
+
+        self.rows, self.dout = draw(R, H), draw(R, H)
+        self.w13, self.w2 = draw(L, 2 * I, H, scale=H**-0.5), draw(L, H, I, scale=I**-0.5)
+        self.row_weight = torch.rand(R, device="cuda", generator=generator)
+        self.offsets = torch.arange(L + 1, dtype=torch.int32, device="cuda") * (R // L)
+        self.ends = self.offsets[1:].contiguous()
+        self.act, self.gate_up, self.d_gate_up = draw(R, I), draw(R, 2 * I), draw(R, 2 * I)
+        self.out, self.drows = torch.empty_like(self.rows), torch.empty_like(self.rows)
+        self.dw13, self.dw2 = torch.empty_like(self.w13), torch.empty_like(self.w2)
+        self.num_sms = num_sms
+
+    def ours(self, gemm: str, **how):
+        how["num_sms"] = self.num_sms
+        w13, w2, offsets = self.w13, self.w2, self.offsets
+        if gemm == "gate_up":
+            saved = self.gate_up if how.pop("save", True) else None
+            grouped_gate_up(self.rows, self.row_weight, w13, offsets, self.act, saved, **how)
+            return self.act
+        if gemm == "down":
+            return grouped_gemm(self.act, w2, offsets, self.out, weight_is_nk=True, **how)
+        if gemm == "d_gate_up":
+            weight, into = self.row_weight, self.d_gate_up
+            grouped_swiglu_backward(self.dout, w2, self.gate_up, weight, offsets, into, **how)
+            return into
+        if gemm == "drows":
+            return grouped_gemm(self.d_gate_up, w13, offsets, self.drows, weight_is_nk=False, **how)
+        y, x, dw = {
+            "dw13": (self.d_gate_up, self.rows, self.dw13),
+            "dw2": (self.dout, self.act, self.dw2),
+        }[gemm]
+        main_grad = how.pop("main_grad", None)
+        if main_grad is not None:
+            return grouped_wgrad(y, x, offsets, main_grad, accumulate=True, **how)
+        return grouped_wgrad(y, x, offsets, dw, accumulate=False, **how)
+
+    def torch(self, gemm: str):
+        """The bare GEMM of the same size: no SwiGLU, no routing weight, nothing saved."""
+        a, b = {
+            "gate_up": (self.rows, self.w13.transpose(1, 2)),
+            "down": (self.act, self.w2.transpose(1, 2)),
+            "d_gate_up": (self.dout, self.w2),
+            "drows": (self.d_gate_up, self.w13),
+            "dw13": (self.d_gate_up.T, self.rows),
+            "dw2": (self.dout.T, self.act),
+        }[gemm]
+        return torch._grouped_mm(a, b, offs=self.ends)
+
+    def forward(self):
+        tensors = (self.rows, self.row_weight, self.w13, self.w2, self.offsets)
+        return mlp_forward(*tensors, num_sms=self.num_sms, implementation="triton")
+
+
+GEMMS = ("gate_up", "down", "d_gate_up", "drows", "dw13", "dw2")
+
+
+def interleaved_medians(variants: dict[str, Callable[[int], object]], rounds: int) -> dict:
+    """Median microseconds of each variant, called with the number of the input set."""
+    for variant in variants.values():
+        for chosen in range(SETS):
+            variant(chosen)
+    torch.cuda.synchronize()
+    times = {name: [] for name in variants}
+    for i in range(rounds):
+        torch.cuda._sleep(4_000_000 + 400_000 * len(variants))  # about 2 ms, and 200 us a variant
+        events = []
+        for name, variant in variants.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            variant(i % SETS)
+            end.record()
+            events.append((name, start, end))
+        torch.cuda.synchronize()
+        for name, start, end in events:
+            times[name].append(start.elapsed_time(end) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def sample(result: torch.Tensor) -> torch.Tensor:
+    """All of a matrix, four experts of a weight gradient: enough to compare, and it fits."""
+    return result[:4] if result.dim() == 3 else result
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def check(problem: Problem, gemm: str) -> float:
+    """Relative difference between our result and one made of `torch._grouped_mm`."""
+    got, want = sample(problem.ours(gemm)), sample(problem.torch(gemm))
+    if gemm == "gate_up":
+        gate, up = want.float().chunk(2, dim=1)
+        want = torch.nn.functional.silu(gate) * up * problem.row_weight[:, None]
+    if gemm == "d_gate_up":
+        gate, up = (t.clone().requires_grad_() for t in problem.gate_up.float().chunk(2, dim=1))
+        act = torch.nn.functional.silu(gate) * up * problem.row_weight[:, None]
+        want = torch.cat(torch.autograd.grad(act, (gate, up), want.float()), dim=1)
+    return relative_error(got, want)
+
+
+def measure(shape: Shape, num_sms: int, rounds: int) -> list[dict]:
+    sets = [Problem(shape, num_sms) for _ in range(SETS)]
+    rows = []
+    for gemm in GEMMS:
+        error = check(sets[0], gemm)
+        variants = {
+            "ours": lambda i, gemm=gemm: sets[i].ours(gemm),
+            "torch": lambda i, gemm=gemm: sets[i].torch(gemm),
+        }
+        if gemm in ("dw13", "dw2"):
+            # One for all sets: for the largest weight it takes 7.5 GB.
+            main_grad = torch.zeros_like(getattr(sets[0], gemm), dtype=torch.float32)
+            variants["ours, main_grad"] = lambda i, g=gemm, m=main_grad: sets[i].ours(
+                g, main_grad=m
+            )
+        if gemm == "gate_up":
+            variants["ours, inference"] = lambda i, g=gemm: sets[i].ours(g, save=False)
+        medians = interleaved_medians(variants, rounds)
+        rows += [
+            row(shape, gemm, name, us, medians["torch"], shape.flops(gemm), error)
+            for name, us in medians.items()
+            if name != "torch"
+        ]
+    rows.append(measure_forward(shape, sets, rounds))
+    return rows
+
+
+def measure_forward(shape: Shape, sets: list[Problem], rounds: int) -> dict:
+    """Whole forward beside the two bare GEMMs of torch, with the host's time to launch it."""
+    variants = {
+        "ours": lambda i: sets[i].forward(),
+        "torch": lambda i: (sets[i].torch("gate_up"), sets[i].torch("down")),
+    }
+    medians = interleaved_medians(variants, rounds)
+    host = []
+    for i in range(10):
+        begin = time.perf_counter()
+        sets[i % SETS].forward()
+        host.append((time.perf_counter() - begin) * 1e6)
+    torch.cuda.synchronize()
+    flops = shape.flops("gate_up") + shape.flops("down")
+    result = row(shape, "forward", "ours", medians["ours"], medians["torch"], flops, 0.0)
+    return result | {"host_us": statistics.median(host)}
+
+
+def row(shape, gemm, variant, us, torch_us, flops, error) -> dict:
+    return {
+        "shape": str(shape),
+        "gemm": gemm,
+        "variant": variant,
+        "us": round(us, 1),
+        "tflops": round(flops / us / 1e6, 1),
+        "torch_us": round(torch_us, 1),
+        "torch_tflops": round(flops / torch_us / 1e6, 1),
+        "ratio": round(torch_us / us, 3),
+        "error": error,
+    }
+
+
+# ---- Sweep ----
+
+
+def candidates(kernel: str) -> list[dict]:
+    """Keyword arguments to try, the default first. All compile for sm_90 without spills."""
+    base = {
+        "gate_up": tiles.GATE_UP,
+        "down": tiles.GEMM,
+        "drows": tiles.GEMM,
+        "d_gate_up": tiles.SWIGLU_BACKWARD,
+        "dw13": tiles.WGRAD,
+        "dw2": tiles.WGRAD,
+    }[kernel]
+    wide, narrow = {"block_n": 256}, {"block_n": 128}
+    changes = [
+        {},
+        {"group_m": 4},
+        {"group_m": 8},
+        {"group_m": 32},
+        wide | {"flatten": False},
+        wide | {"stages": 3, "split": 1},
+        wide | {"stages": 2, "split": 2, "block_k": 128},
+    ]
+    if kernel == "gate_up":
+        changes += [wide | {"stages": 4, "split": 1}, {"split": 4}]
+    elif kernel == "d_gate_up":
+        changes = [c for c in changes if "stages" not in c]
+        changes += [
+            narrow | {"stages": 5, "split": 2},
+            narrow | {"stages": 5, "split": 2, "flatten": False},
+            narrow | {"stages": 4, "split": 1, "flatten": False},
+        ]
+    else:
+        changes += [{"split": 4}, narrow | {"stages": 5, "split": 1}]
+    if kernel in ("dw13", "dw2"):
+        changes = [c for c in changes if "group_m" not in c and "flatten" not in c]
+    configs = [{"config": replace(base, **change)} for change in changes]
+    if kernel == "gate_up":
+        configs += [{"config": base, "two_dots": True}]
+    return configs
+
+
+def describe(how: dict) -> str:
+    config: TileConfig = how["config"]
+    text = f"n{config.block_n} k{config.block_k} stages {config.stages} split {config.split} "
+    text += f"group {config.group_m}" + ("" if config.flatten else " unflattened")
+    return text + (" two dots" if how.get("two_dots") else "")
+
+
+def sweep(kernels: list[str], num_sms: int, rounds: int) -> list[dict]:
+    results = []
+    for shape in SHAPES:
+        sets = [Problem(shape, num_sms) for _ in range(SETS)]
+        for kernel in kernels:
+            results += sweep_kernel(shape, kernel, sets, rounds)
+    return results
+
+
+def sweep_kernel(shape: Shape, kernel: str, sets: list[Problem], rounds: int) -> list[dict]:
+    """All candidates of one kernel on one shape, the fastest first."""
+    expected = sample(sets[0].ours(kernel)).clone()
+    variants = {"torch": lambda i: sets[i].torch(kernel)}
+    for how in candidates(kernel):
+        name = describe(how)
+        try:
+            error = relative_error(sample(sets[0].ours(kernel, **how)), expected)
+        except triton.runtime.errors.OutOfResources as reason:
+            print(f"{shape} {kernel} {name}: {reason}")
+            continue
+        if not error < 1e-2:
+            print(f"{shape} {kernel} {name}: WRONG, relative error {error:.1e}; left out")
+            continue
+        variants[name] = lambda i, how=how: sets[i].ours(kernel, **how)
+    medians = interleaved_medians(variants, rounds)
+    torch_us = medians.pop("torch")
+    rows = [
+        row(shape, kernel, name, us, torch_us, shape.flops(kernel), 0.0)
+        for name, us in medians.items()
+    ]
+    return sorted(rows, key=lambda r: r["us"])
+
+
+# ---- Report ----
+
+
+def environment(num_sms: int) -> dict:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "sms": properties.multi_processor_count,
+        "num_sms": num_sms,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python3", *sys.argv]),
+    }
+
+
+def print_table(rows: list[dict]) -> None:
+    names = max(len(r["variant"]) for r in rows)
+    print(
+        f"\n{'shape':26} {'gemm':10} {'variant':{names}} {'us':>8} {'TFLOPS':>7} {'torch':>7} ratio"
+    )
+    for r in rows:
+        numbers = f"{r['us']:8.1f} {r['tflops']:7.1f} {r['torch_tflops']:7.1f} {r['ratio']:5.2f}"
+        extra = f"  host {r['host_us']:.0f} us" if "host_us" in r else ""
+        if r["error"]:
+            extra += f"  error {r['error']:.1e}"
+        print(f"{r['shape']:26} {r['gemm']:10} {r['variant']:{names}} {numbers}{extra}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", metavar="FILE", help="write all numbers there")
+    parser.add_argument("--num-sms", type=int, help="SMs our kernels take (default: all)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument(
+        "--sweep", nargs="*", choices=GEMMS, help="compare tile configurations of these kernels"
+    )
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA device: this benchmark times GPU kernels")
+    num_sms = arguments.num_sms or torch.cuda.get_device_properties(0).multi_processor_count
+
+    if arguments.sweep is None:
+        rows = [r for shape in SHAPES for r in measure(shape, num_sms, arguments.rounds)]
+    else:
+        rows = sweep(arguments.sweep or list(GEMMS), num_sms, arguments.rounds)
+    facts = environment(num_sms)
+    if arguments.json:
+        configs = {
+            name: asdict(value)
+            for name, value in vars(tiles).items()
+            if isinstance(value, TileConfig)
+        }
+        with open(arguments.json, "w") as file:
+            json.dump({"environment": facts, "configs": configs, "results": rows}, file, indent=1)
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
