@@ -30,9 +30,10 @@ struct Shape {
 Shape shape_of(const Exchange& ex) {
   Shape shape;
   shape.pieces = (ex.row_bytes() + kMaxPiece - 1) / kMaxPiece;
-  shape.piece_bytes = ((ex.row_bytes() + shape.pieces - 1) / shape.pieces + 15) / 16 * 16;
-  // Behind the piece: the token's slots, its weights, and which piece it is.
-  shape.stage_bytes = shape.piece_bytes + 2 * ex.topk_stride() * 4 + 16;
+  shape.piece_bytes = align_up((ex.row_bytes() + shape.pieces - 1) / shape.pieces);
+  // Behind the piece: the token's slots, its weights, and which piece it is. Stages start at
+  // 128 bytes like the rows: off that, stores from shared memory run at half their speed.
+  shape.stage_bytes = align_up(shape.piece_bytes + 2 * ex.topk_stride() * 4 + 16);
   const int total = kSharedBytes / shape.stage_bytes;
   shape.warps = std::min(kMaxWarps, total / kMinStages);
   shape.stages = std::min(kMaxStages, total / shape.warps);

@@ -19,7 +19,6 @@ constexpr int kMaxTopk = 32;           // one route a lane
 constexpr int kMaxLocalExperts = 512;  // prefix sums of the plan fit static shared memory
 constexpr int kRowAlignment = 128;     // the grouped GEMM's M tile
 constexpr int kPlanChunk = 128;        // tokens a CTA counts and ranks at a time
-constexpr int kCombineTile = 4;        // tokens handed over by one flag in combine
 
 // The collective operations, each with signals and an epoch of its own.
 enum Operation {
@@ -47,7 +46,7 @@ struct Signals {
   uint64_t ready[kMaxRanks];  // [source] raised by that rank: its data can be read
   uint64_t done[kMaxRanks];   // [source] raised by that rank: it no longer needs my data or buffer
   uint64_t epoch;             // local: operations finished
-  uint32_t arrived;           // local: CTAs or teams finished in this operation
+  uint32_t arrived;           // local: CTAs or warps finished in this operation
   uint32_t padding[13];
 };
 
@@ -65,7 +64,6 @@ struct Exchange {
   DUALPIPE_HD int topk_stride() const { return (topk + 3) / 4 * 4; }
   // Partial sums that other ranks can send for one token.
   DUALPIPE_HD int partials() const { return topk < ranks - 1 ? topk : ranks - 1; }
-  DUALPIPE_HD int combine_tiles() const { return (max_tokens + kCombineTile - 1) / kCombineTile; }
   DUALPIPE_HD int plan_chunks() const { return (max_tokens + kPlanChunk - 1) / kPlanChunk; }
 };
 
@@ -78,7 +76,7 @@ struct SymmetricLayout {
   int64_t channel, channel_stride;  // the rest is relative to a channel's start
   int64_t x, weight;                // what dispatch pulls: [T][H], [T][topk_stride] fp32
   int64_t partial, partial_weight;  // what combine receives: [T][partials][H], [T][K] fp32
-  int64_t tile_ready;               // [P][combine_tiles] uint64
+  int64_t partial_ready;            // [P][T] uint64: the epoch of that rank's partial of a token
   int64_t bytes;
 
   DUALPIPE_HD explicit SymmetricLayout(const Exchange& ex) {
@@ -94,8 +92,8 @@ struct SymmetricLayout {
     weight = x + align_up(handed * ex.row_bytes());
     partial = weight + align_up(tokens * ex.topk_stride() * 4);
     partial_weight = partial + align_up(handed * ex.partials() * ex.row_bytes());
-    tile_ready = partial_weight + align_up(handed * ex.topk * 4);
-    channel_stride = tile_ready + align_up(static_cast<int64_t>(ex.ranks) * ex.combine_tiles() * 8);
+    partial_ready = partial_weight + align_up(handed * ex.topk * 4);
+    channel_stride = partial_ready + align_up(handed * ex.ranks * 8);
     bytes = channel + 2 * channel_stride;
   }
 };

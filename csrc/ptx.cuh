@@ -44,27 +44,6 @@ __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async;" ::: "memory");
 }
 
-// `threads` threads of a CTA meet; barrier 0 is __syncthreads.
-__device__ __forceinline__ void named_barrier(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-// The same, and whether all of them said yes.
-__device__ __forceinline__ bool named_barrier_all(int barrier, int threads, bool yes) {
-  uint32_t all;
-  asm volatile(
-      "{\n"
-      ".reg .pred mine, ours;\n"
-      "setp.ne.u32 mine, %1, 0;\n"
-      "bar.red.and.pred ours, %2, %3, mine;\n"
-      "selp.u32 %0, 1, 0, ours;\n"
-      "}\n"
-      : "=r"(all)
-      : "r"(static_cast<uint32_t>(yes)), "r"(barrier), "r"(threads)
-      : "memory");
-  return all != 0;
-}
-
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -125,20 +104,13 @@ __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
 
-// All of this thread's bulk stores are complete and visible.
-__device__ __forceinline__ void bulk_wait_all() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+// All but this thread's `Pending` latest groups are complete and visible.
+template <int Pending>
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
-// 16 bytes past L1: rows are read once, and a peer may have written them since the last read.
-__device__ __forceinline__ uint4 load_streaming(const void* address) {
-  uint4 value;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address)
-               : "memory");
-  return value;
-}
+__device__ __forceinline__ void bulk_wait_all() { bulk_wait<0>(); }
 
 __device__ __forceinline__ void store_16(void* address, uint4 value) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x),
