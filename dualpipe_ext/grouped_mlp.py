@@ -348,6 +348,15 @@ def _use_triton(tensor: torch.Tensor, implementation: str) -> bool:
     )
 
 
+def _require_alignment(**tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() % 16:
+            raise ValueError(
+                f"{name} starts at address {tensor.data_ptr():#x}, TMA needs a multiple of 16: "
+                f"clone it, or pad what lies in front of it in its buffer"
+            )
+
+
 def _sm_count(tensor: torch.Tensor, num_sms: int) -> int:
     if num_sms or not tensor.is_cuda:
         return num_sms or 1
@@ -368,6 +377,7 @@ def _forward(rows, row_weight, w13, w2, expert_offsets, save, num_sms, implement
         from .triton_kernels.grouped_gemm import grouped_gemm
         from .triton_kernels.grouped_swiglu import grouped_gate_up
 
+        _require_alignment(rows=rows, w13=w13, w2=w2)
         sms = _sm_count(rows, num_sms)
         grouped_gate_up(rows, row_weight, w13, expert_offsets, act, gate_up, num_sms=sms)
         grouped_gemm(act, w2, expert_offsets, out, weight_is_nk=True, num_sms=sms)
@@ -392,6 +402,7 @@ def _dgrad(dout, gate_up, row_weight, w13, w2, expert_offsets, num_sms, implemen
         from .triton_kernels.grouped_gemm import grouped_gemm
         from .triton_kernels.grouped_swiglu import grouped_swiglu_backward
 
+        _require_alignment(dout=dout, gate_up=gate_up, w13=w13, w2=w2)
         sms = _sm_count(dout, num_sms)
         drow_weight = grouped_swiglu_backward(
             dout, w2, gate_up, row_weight, expert_offsets, d_gate_up, num_sms=sms
@@ -411,6 +422,7 @@ def _wgrad_into(dw, y, x, expert_offsets, num_sms, implementation, accumulate):
     elif y.shape[0]:
         from .triton_kernels.grouped_wgrad import grouped_wgrad
 
+        _require_alignment(y=y, x=x, main_grad=dw)
         sms = _sm_count(y, num_sms)
         grouped_wgrad(y, x, expert_offsets, dw, accumulate=accumulate, num_sms=sms)
     elif not accumulate:

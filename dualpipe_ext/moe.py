@@ -75,8 +75,9 @@ class MoELayer(nn.Module):
         max_tokens: the most tokens any rank will ever pass, the size of the exchange buffers. None:
             the first forward agrees on the largest count among the ranks (one small all-reduce).
         exchange: an :class:`~dualpipe_ext.Exchange` of the same sizes that layers share; without
-            it every layer opens its own at the first forward and owns as many buffers. Rows leave
-            the buffers before a call returns, so layers that run one after the other can share.
+            it every layer opens its own at the first forward and holds its own peer memory (the
+            formula is in Exchange). Nothing of a layer stays in the buffers between calls, so the
+            layers of a model, which run one after the other, can share one.
         aux_loss_coefficient: factor on the balance loss (Switch Transformer: 0.01).
         init_std: see :meth:`reset_parameters`.
         dtype, device: of the experts; None = torch's defaults. The router has fp32 at least.
@@ -131,7 +132,7 @@ class MoELayer(nn.Module):
         local = self.num_local_experts
         self.w13 = nn.Parameter(torch.empty(local, 2 * expert_hidden, hidden, **like))
         self.w2 = nn.Parameter(torch.empty(local, hidden, expert_hidden, **like))
-        self.w13.expert_parallel = self.w2.expert_parallel = True
+        self._mark_expert_parameters()
         self.shared_expert = None
         if shared_expert_hidden:
             self.shared_expert = SharedExpert(hidden, shared_expert_hidden, **like)
@@ -270,6 +271,14 @@ class MoELayer(nn.Module):
             f"{self.num_experts} experts, {self.num_local_experts} on rank {self.rank} of "
             f"{self.world_size}"
         )
+
+    def _mark_expert_parameters(self) -> None:
+        self.w13.expert_parallel = self.w2.expert_parallel = True
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._mark_expert_parameters()  # to_empty() of a meta layer makes new parameters
+        return self
 
     def _check_shape_and_device(self, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.hidden:

@@ -86,9 +86,9 @@ def expected_plan(case: Case, idx: list[torch.Tensor], rank: int) -> Expected:
     for expert in range(rank * local, (rank + 1) * local):
         first = row
         for source, i in enumerate(idx):
-            for token, k in (i == expert).nonzero().tolist():
-                slots[source][token, k] = row
-                row += 1
+            token, k = (i == expert).nonzero(as_tuple=True)
+            slots[source][token, k] = torch.arange(row, row + len(token), dtype=torch.int32)
+            row += len(token)
         counts.append(row - first)
         row = -(-row // 128) * 128
         offsets.append(row)
@@ -132,36 +132,50 @@ def poison(exchange: Exchange, *shapes: tuple[int, ...]) -> None:
         torch.full(shape, float("nan"), dtype=exchange.dtype, device=exchange.device)
 
 
-def check_case(exchange: Exchange, case: Case, channel: str = "forward") -> None:
-    """Plan, dispatch and combine one case, and compare all of it with the oracle."""
+def check_case(
+    exchange: Exchange, case: Case, channel: str = "forward", comm_sms: tuple[int, ...] = ()
+) -> None:
+    """Plan, dispatch and combine one case, and compare all of it with the oracle.
+
+    With comm_sms, again for each of these.
+    """
     rank, device = exchange.rank, exchange.device
     idx = [case.topk_idx(p, exchange.world_size) for p in range(exchange.world_size)]
     plans = [expected_plan(case, idx, p) for p in range(exchange.world_size)]
     mine = plans[rank]
+    rows_and_weight = expected_dispatch(case, mine)
+    y_and_weight = expected_combine(case, plans, rank)
+    for sms in comm_sms or (exchange.comm_sms,):
+        if comm_sms:
+            exchange.comm_sms = sms
+        plan = exchange.plan(idx[rank].to(device))
+        assert plan.num_rows == mine.rows
+        assert plan.expert_offsets.tolist() == mine.expert_offsets
+        assert plan.tokens_per_expert.tolist() == mine.tokens_per_expert
+        for source, slots in enumerate(mine.slots):
+            assert torch.equal(plan.slots[source, : len(slots)].cpu(), slots)
+        _check_dispatch(exchange, case, plan, channel, *rows_and_weight)
+        _check_combine(exchange, case, plan, channel, *y_and_weight)
 
-    plan = exchange.plan(idx[rank].to(device))
-    assert plan.num_rows == mine.rows
-    assert plan.expert_offsets.tolist() == mine.expert_offsets
-    assert plan.tokens_per_expert.tolist() == mine.tokens_per_expert
-    for source, slots in enumerate(mine.slots):
-        assert torch.equal(plan.slots[source, : len(slots)].cpu(), slots)
 
-    poison(exchange, (mine.rows, case.hidden), (mine.rows,))
-    x, weight = case.x(rank).to(device), case.topk_weight(rank).to(device)
+def _check_dispatch(exchange, case, plan, channel, want_rows, want_weight) -> None:
+    poison(exchange, tuple(want_rows.shape), tuple(want_weight.shape))
+    x = case.x(exchange.rank).to(exchange.device)
+    weight = case.topk_weight(exchange.rank).to(exchange.device)
     rows, row_weight = exchange.dispatch(x, plan, topk_weight=weight, channel=channel)
-    want_rows, want_weight = expected_dispatch(case, mine)
     assert torch.equal(rows.cpu(), want_rows)
     assert torch.equal(row_weight.cpu(), want_weight)
-    assert torch.equal(exchange.dispatch(x, plan, channel=channel).cpu(), want_rows)
+    assert torch.equal(exchange.dispatch(x, plan, channel=channel), rows)  # without weights
 
-    out = case.expert_out(rank, mine.rows).to(device)
-    scalars = case.row_weight(rank, mine.rows).to(device)
-    poison(exchange, (len(x), case.hidden), (len(x), case.topk))
+
+def _check_combine(exchange, case, plan, channel, want_y, want_weight) -> None:
+    poison(exchange, tuple(want_y.shape), tuple(want_weight.shape))
+    out = case.expert_out(exchange.rank, plan.num_rows).to(exchange.device)
+    scalars = case.row_weight(exchange.rank, plan.num_rows).to(exchange.device)
     y, topk_weight = exchange.combine(out, plan, row_weight=scalars, channel=channel)
-    want_y, want_topk = expected_combine(case, plans, rank)
     error = relative_error(y, want_y)
     assert error < (5e-3 if case.dtype == torch.bfloat16 else 1e-5), error
-    assert torch.equal(topk_weight.cpu(), want_topk)
+    assert torch.equal(topk_weight.cpu(), want_weight)
     assert torch.equal(exchange.combine(out, plan, channel=channel), y)  # the same bits again
 
 
@@ -188,9 +202,7 @@ def check_routings(
     ) as exchange:
         for i, routing in enumerate(ROUTINGS):
             case = Case(routing, hidden, topk, num_experts, max_tokens, seed=i, dtype=dtype)
-            for sms in comm_sms:
-                exchange.comm_sms = sms
-                check_case(exchange, case, channel=("forward", "backward")[i % 2])
+            check_case(exchange, case, ("forward", "backward")[i % 2], comm_sms)
         return exchange.backend
 
 

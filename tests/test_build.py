@@ -45,8 +45,9 @@ def copy(tmp_path) -> Path:
     for name in ("csrc", "dualpipe_ext", "triton_kernels"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build.json", "triton_kernels")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    for name in ("pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, tmp_path / name)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
     text = (ROOT / "setup.py").read_text()
     assert text.count('Path("/usr/local/cuda")') == 1
     text = text.replace('Path("/usr/local/cuda")', 'Path("/nonexistent/cuda")')

@@ -1,7 +1,11 @@
 """The worker pool: results, and what happens when a worker raises, dies or hangs."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +92,34 @@ def test_hang_is_reported_with_the_stack_and_the_next_call_gets_new_workers(pool
         pool.run(hang_on_rank_1, timeout=2.0)
     assert "in hang_on_rank_1" in str(caught.value)
     assert pool.run(total, 5)[0] == 5
+
+
+def test_workers_end_with_their_parent():
+    script = (
+        "import os, signal\n"
+        "from tests.test_workers import WorkerPool, identify\n"
+        "print(*(pid for pid, _, _ in WorkerPool(2).run(identify)), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    root = Path(__file__).resolve().parent.parent
+    parent = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert parent.returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in parent.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 30
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"  # dead, at most waiting to be collected
 
 
 def test_result_that_cannot_be_sent_is_an_error(pool):

@@ -245,3 +245,11 @@ def test_triton_refuses_fp32():
     with pytest.raises(TypeError, match="bfloat16 or float16"):
         grouped_mlp(*problem, implementation="triton")
     grouped_mlp(*problem)
+
+
+def test_misaligned_memory_is_named():
+    problem, _, _ = on_gpu(*make_problem((3,), 8, 8, torch.bfloat16))
+    buffer = torch.empty(problem[2].numel() + 1, dtype=torch.bfloat16, device="cuda")
+    w13 = buffer[1:].view(problem[2].shape)
+    with pytest.raises(ValueError, match=r"w13 starts at address .*multiple of 16"):
+        grouped_mlp(*problem[:2], w13, *problem[3:], implementation="triton")
