@@ -8,42 +8,24 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
-
 #include "barrier.cuh"
 
 namespace dualpipe {
 namespace {
 
-// An SM reads 52 GB/s: at 2 µs of latency that needs 104 KB in flight. A row of 14,336 B moves in
-// 4 pieces of 3,584 B; 220 KB hold 10 warps × (4 stages + 2 sums on their way out) × 3,584 B.
-constexpr int kMaxWarps = 12;
-constexpr int kMaxStages = 8;
-constexpr int kMinStages = 4;
+// An SM reads 52 GB/s: at 2 µs of latency that needs 104 KB in flight. 192 KB hold
+// 16 warps × (4 stages + 2 sums on their way out) × 2 KB. Adding up takes about 45 instructions for
+// 512 bytes of the 80 that an SM can issue meanwhile, so many warps matter more than large pieces:
+// 10 warps with 3.5 KB each reached 28 GB/s.
+constexpr int kWarps = 16;
+constexpr int kStages = 4;
 constexpr int kSums = 2;
-constexpr int kVectors = 8;                    // 16-byte vectors of a piece in one lane
-constexpr int kMaxPiece = 32 * 16 * kVectors;  // 4 KB
-constexpr int kSharedBytes = 220 * 1024;
-constexpr int kLag = 2;  // token indices between a push and the sum at home
-constexpr int kFlagDelay =
-    2;  // stores that follow a partial's last piece before its flag is raised
+constexpr int kVectors = 4;                 // 16-byte vectors of a piece in one lane
+constexpr int kPiece = 32 * 16 * kVectors;  // 2 KB; the last piece of a row may be shorter
+constexpr int kWarpBytes = (kStages + kSums) * kPiece;
+constexpr int kLag = 2;        // token indices between a push and the sum at home
+constexpr int kFlagDelay = 2;  // stores after a partial's last piece before its flag is raised
 constexpr uint32_t kAllLanes = 0xffffffff;
-
-struct Shape {
-  int pieces, piece_bytes;  // a row moves in equal pieces, the last one may be shorter
-  int stages, warps;
-};
-
-Shape shape_of(const Exchange& ex) {
-  Shape shape;
-  shape.pieces = (ex.row_bytes() + kMaxPiece - 1) / kMaxPiece;
-  // Shared memory aligned like the rows: 128 bytes keep the copy engine at full speed.
-  shape.piece_bytes = align_up((ex.row_bytes() + shape.pieces - 1) / shape.pieces);
-  const int total = kSharedBytes / shape.piece_bytes;
-  shape.warps = std::min(kMaxWarps, total / (kMinStages + kSums));
-  shape.stages = std::min(kMaxStages, total / shape.warps - kSums);
-  return shape;
-}
 
 // kVectors × 16 bytes a lane, summed in fp32.
 template <typename Element>
@@ -100,18 +82,18 @@ struct Load {
 };
 
 struct alignas(16) WarpState {
-  uint64_t loaded[kMaxStages];  // mbarriers
-  Load loads[kMaxStages];
+  uint64_t loaded[kStages];  // mbarriers
+  Load loads[kStages];
 };
 
 // One warp's ring: pieces are loaded ahead, added up in order, and their sums stored.
 template <typename Element>
 class SumRing {
  public:
-  __device__ SumRing(const Shape& shape, char* stages, WarpState& state, uint64_t epoch)
-      : shape_(shape), stages_(stages), state_(state), epoch_(epoch) {
+  __device__ SumRing(char* stages, WarpState& state, uint64_t epoch)
+      : stages_(stages), state_(state), epoch_(epoch) {
     if (lane() == 0) {
-      for (int s = 0; s < shape.stages; ++s) mbarrier_init(&state.loaded[s], 1);
+      for (int s = 0; s < kStages; ++s) mbarrier_init(&state.loaded[s], 1);
       fence_mbarrier_init();
     }
     __syncwarp();
@@ -120,13 +102,13 @@ class SumRing {
 
   // Load a piece ahead; add up the oldest one first if the ring is full.
   __device__ void issue(const char* source, const Load& load) {
-    if (issued_ - added_ == shape_.stages) add_oldest();
-    const int stage = issued_++ % shape_.stages;
+    if (issued_ - added_ == kStages) add_oldest();
+    const int stage = issued_++ % kStages;
     __syncwarp();  // every lane has read what the stage held
     if (lane() == 0) {
       state_.loads[stage] = load;
       mbarrier_expect_bytes(&state_.loaded[stage], load.bytes);
-      bulk_load(stages_ + stage * shape_.piece_bytes, source, load.bytes, &state_.loaded[stage]);
+      bulk_load(stages_ + stage * kPiece, source, load.bytes, &state_.loaded[stage]);
     }
   }
 
@@ -139,22 +121,34 @@ class SumRing {
 
  private:
   __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ static uint4* vector_of(char* data, int i) {
+    return reinterpret_cast<uint4*>(data + i * 512);
+  }
+  __device__ static const uint4* vector_of(const char* data, int i) {
+    return reinterpret_cast<const uint4*>(data + i * 512);
+  }
   __device__ void clear() {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) sum_.clear(i);
   }
 
   __device__ void add_oldest() {
-    const int stage = added_ % shape_.stages;
+    const int stage = added_ % kStages;
     __syncwarp();
-    mbarrier_wait(&state_.loaded[stage], added_ / shape_.stages & 1);
+    mbarrier_wait(&state_.loaded[stage], added_ / kStages & 1);
     ++added_;
     const Load load = state_.loads[stage];
-    const char* data = stages_ + stage * shape_.piece_bytes + lane() * 16;
+    const char* data = stages_ + stage * kPiece + lane() * 16;
+    if (load.bytes == kPiece) {  // without bounds checks the loads overlap
+      uint4 raw[kVectors];
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (lane() * 16 + i * 512 < load.bytes) {
-        sum_.add(i, *reinterpret_cast<const uint4*>(data + i * 512));
+      for (int i = 0; i < kVectors; ++i) raw[i] = *vector_of(data, i);
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) sum_.add(i, raw[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        if (lane() * 16 + i * 512 < load.bytes) sum_.add(i, *vector_of(data, i));
       }
     }
     if (load.target) store_sum(load);
@@ -164,15 +158,14 @@ class SumRing {
     // The store of kSums pieces ago has left this buffer.
     bulk_wait_read<kSums - 1>();
     __syncwarp();
-    char* sum = stages_ + (shape_.stages + stored_++ % kSums) * shape_.piece_bytes;
+    char* sum = stages_ + (kStages + stored_++ % kSums) * kPiece;
+    // Lanes past the end write into the buffer's unused part.
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (lane() * 16 + i * 512 < load.bytes) {
-        *reinterpret_cast<uint4*>(sum + lane() * 16 + i * 512) = sum_.packed(i);
-      }
+      *vector_of(sum + lane() * 16, i) = sum_.packed(i);
     }
     clear();
-    fence_proxy_async();
+    fence_proxy_async_shared();
     __syncwarp();
     if (lane() != 0) return;
     bulk_store(load.target, sum, load.bytes);
@@ -196,12 +189,11 @@ class SumRing {
   // Only in lane 0, after the stores before the flag have completed.
   __device__ void raise_flag() {
     if (lane() != 0 || !flag_) return;
-    fence_proxy_async();
+    fence_proxy_async_global();
     store_release_system(flag_, epoch_);
     flag_ = nullptr;
   }
 
-  const Shape& shape_;
   char* stages_;
   WarpState& state_;
   const uint64_t epoch_;
@@ -210,13 +202,20 @@ class SumRing {
   uint32_t flagged_at_ = 0, issued_ = 0, added_ = 0, stored_ = 0;
 };
 
-// One warp's share of a combine.
-template <typename Element>
-class Combiner {
+// A sum of rows: local experts' rows first, then partials in rank order.
+struct Task {
+  int slot;              // in lane k: the row here of route k, or −1
+  uint32_t local_lanes;  // the lanes that hold one
+  const char* partials;  // the first of num_partials rows
+  int num_partials;
+  char* target;
+  uint64_t* flag;  // raised once the sum is there, or null
+};
+
+// The tasks of a combine, as one warp sees them.
+class Tasks {
  public:
-  __device__ Combiner(const Exchange& ex, const CombineArgs& args, const Shape& shape,
-                      SumRing<Element>& ring, uint64_t epoch)
-      : ex_(ex), args_(args), shape_(shape), ring_(ring), epoch_(epoch) {
+  __device__ Tasks(const Exchange& ex, const CombineArgs& args) : ex_(ex), args_(args) {
     const SymmetricLayout layout(ex);
     const int64_t channel = layout.channel + layout.channel_stride * args.channel;
     partials_at_ = channel + layout.partial;
@@ -228,36 +227,59 @@ class Combiner {
     source_tokens_ = args.plan + plan.source_tokens;
   }
 
-  // Sum and send what this rank's experts have for token `token` of every other rank.
-  __device__ void push(int token) {
-    for (int i = 1; i < ex_.ranks; ++i) {
-      const int owner = (ex_.rank + i) % ex_.ranks;
-      if (token < source_tokens_[owner]) push_to(owner, token);
-    }
+  __device__ int most_tokens() const {
+    int most = 0;
+    for (int p = 0; p < ex_.ranks; ++p) most = max(most, source_tokens_[p]);
+    return most;
   }
 
-  // Sum this rank's own token: rows of local experts, then the partials in rank order.
-  // False if a partial never came.
-  __device__ bool sum_at_home(int token) {
-    const int slot = slot_of_lane(ex_.rank, token);
-    const uint32_t others = ranks_of(ex_.rank, token) & ~(1u << ex_.rank);
-    if (!wait_for_partials(token, others)) return false;
-    char* y = static_cast<char*>(args_.y) + static_cast<int64_t>(token) * ex_.row_bytes();
-    const uint32_t local = __ballot_sync(kAllLanes, slot >= 0);
-    if (local == 0 && others == 0) {
-      for (int i = lane() * 16; i < ex_.row_bytes(); i += 512) {
-        store_16(y + i, make_uint4(0, 0, 0, 0));
-      }
+  // What this rank's experts have for another rank's token; false if nothing.
+  __device__ bool prepare_push(int owner, int token, Task& task) const {
+    if (token >= source_tokens_[owner]) return false;
+    find_local_rows(owner, token, task);
+    if (task.local_lanes == 0) return false;
+    // The partial's place: how many other ranks below this one also serve the token.
+    const uint32_t others = other_ranks_of(owner, token);
+    const int index = __popc(others & ((1u << ex_.rank) - 1));
+    task.num_partials = 0;
+    task.target = partial_row(owner, token, index);
+    task.flag = partial_flag(owner, ex_.rank, token);
+    if (args_.row_weight && task.slot >= 0) {
+      partial_weight(owner, token)[lane()] = args_.row_weight[task.slot];
     }
-    const int partials = __popc(others);
-    for (int piece = 0; piece < shape_.pieces; ++piece) {
-      add_local_rows(slot, local, piece, partials == 0 ? y : nullptr, nullptr);
-      for (int i = 0; i < partials; ++i) {
-        add(partial_row(ex_.rank, token, i), piece, i == partials - 1 ? y : nullptr, nullptr);
-      }
-    }
-    if (args_.topk_weight && lane() < ex_.topk) return_weight(token, slot);
     return true;
+  }
+
+  // The sum of this rank's own token; false if it has no route.
+  __device__ bool prepare_home(int token, Task& task) const {
+    if (token < 0 || token >= args_.tokens) return false;
+    find_local_rows(ex_.rank, token, task);
+    task.partials = partial_row(ex_.rank, token, 0);
+    task.num_partials = __popc(other_ranks_of(ex_.rank, token));
+    task.target = static_cast<char*>(args_.y) + static_cast<int64_t>(token) * ex_.row_bytes();
+    task.flag = nullptr;
+    if (task.local_lanes != 0 || task.num_partials != 0) return true;
+    for (int i = lane() * 16; i < ex_.row_bytes(); i += 512) {
+      store_16(task.target + i, make_uint4(0, 0, 0, 0));
+    }
+    if (args_.topk_weight && lane() < ex_.topk) return_weight(token, task.slot);
+    return false;
+  }
+
+  // Lane p: the flag of rank p's partial of this rank's token, null if none is to come.
+  __device__ const uint64_t* awaited_flag(int token) const {
+    const bool expected = other_ranks_of(ex_.rank, token) >> lane() & 1;
+    return expected ? partial_flag(ex_.rank, lane(), token) : nullptr;
+  }
+
+  // Lane k hands back the scalar of route k; its partial must have arrived.
+  __device__ void return_weight(int token, int slot) const {
+    const int64_t at = static_cast<int64_t>(token) * ex_.topk + lane();
+    const int expert = args_.topk_idx[at];
+    const bool dropped = expert < 0 || expert >= ex_.experts;
+    args_.topk_weight[at] = slot >= 0 ? args_.row_weight[slot]
+                            : dropped ? 0.0f
+                                      : __ldcg(partial_weight(ex_.rank, token) + lane());
   }
 
  private:
@@ -274,125 +296,102 @@ class Combiner {
     return reinterpret_cast<uint64_t*>(ex_.peer[owner] + flags_at_) +
            static_cast<int64_t>(source) * ex_.max_tokens + token;
   }
-  // Lane k: the row here of route k, or −1.
-  __device__ int slot_of_lane(int source, int token) const {
+  __device__ uint32_t other_ranks_of(int owner, int token) const {
+    return token_ranks_[owner * ex_.max_tokens + token] & ~(1u << owner);
+  }
+  __device__ void find_local_rows(int source, int token, Task& task) const {
     const int64_t at = (static_cast<int64_t>(source) * ex_.max_tokens + token) * ex_.topk_stride();
-    return lane() < ex_.topk ? slots_[at + lane()] : -1;
-  }
-  __device__ uint32_t ranks_of(int source, int token) const {
-    return token_ranks_[source * ex_.max_tokens + token];
-  }
-
-  // Add a piece of `row`; with a target, the sum is complete and goes there.
-  __device__ void add(const char* row, int piece, char* target, uint64_t* flag) {
-    const int offset = piece * shape_.piece_bytes;
-    const int bytes = min(shape_.piece_bytes, ex_.row_bytes() - offset);
-    ring_.issue(row + offset, {target ? target + offset : nullptr, flag, bytes});
-  }
-
-  __device__ void add_local_rows(int slot, uint32_t lanes, int piece, char* target,
-                                 uint64_t* flag) {
-    while (lanes != 0) {
-      const int64_t row = __shfl_sync(kAllLanes, slot, __ffs(lanes) - 1);
-      lanes &= lanes - 1;
-      const bool last = lanes == 0;
-      add(static_cast<const char*>(args_.rows) + row * ex_.row_bytes(), piece,
-          last ? target : nullptr, last ? flag : nullptr);
-    }
-  }
-
-  __device__ void push_to(int owner, int token) {
-    const int slot = slot_of_lane(owner, token);
-    const uint32_t lanes = __ballot_sync(kAllLanes, slot >= 0);
-    if (lanes == 0) return;
-    // The partial's place: how many other ranks below this one also serve the token.
-    const uint32_t others = ranks_of(owner, token) & ~(1u << owner);
-    char* target = partial_row(owner, token, __popc(others & ((1u << ex_.rank) - 1)));
-    if (args_.row_weight && slot >= 0) {
-      partial_weight(owner, token)[lane()] = args_.row_weight[slot];
-    }
-    for (int piece = 0; piece < shape_.pieces; ++piece) {
-      const bool last = piece == shape_.pieces - 1;
-      add_local_rows(slot, lanes, piece, target,
-                     last ? partial_flag(owner, ex_.rank, token) : nullptr);
-    }
-  }
-
-  // A warp that has to wait first finishes all it has begun: others may be waiting for that.
-  __device__ bool wait_for_partials(int token, uint32_t others) {
-    const bool expected = others >> lane() & 1;
-    const uint64_t* flag = expected ? partial_flag(ex_.rank, lane(), token) : nullptr;
-    bool ok = !expected || load_acquire_system(flag) >= epoch_;
-    if (!__all_sync(kAllLanes, ok)) {
-      ring_.drain();
-      __syncwarp();
-      if (!ok) {
-        ok = wait_for(ex_, flag, epoch_, kCombineForward + args_.channel, kDataReady, lane());
-      }
-    }
-    fence_proxy_async();
-    return __all_sync(kAllLanes, ok);
-  }
-
-  __device__ void return_weight(int token, int slot) const {
-    const int64_t at = static_cast<int64_t>(token) * ex_.topk + lane();
-    const int expert = args_.topk_idx[at];
-    const bool dropped = expert < 0 || expert >= ex_.experts;
-    args_.topk_weight[at] = slot >= 0 ? args_.row_weight[slot]
-                            : dropped ? 0.0f
-                                      : __ldcg(partial_weight(ex_.rank, token) + lane());
+    task.slot = lane() < ex_.topk ? slots_[at + lane()] : -1;
+    task.local_lanes = __ballot_sync(kAllLanes, task.slot >= 0);
   }
 
   const Exchange& ex_;
   const CombineArgs& args_;
-  const Shape& shape_;
-  SumRing<Element>& ring_;
-  const uint64_t epoch_;
   int64_t partials_at_, partial_weights_at_, flags_at_;  // in every rank's symmetric buffer
   const int32_t *slots_, *token_ranks_, *source_tokens_;
 };
 
 template <typename Element>
-__global__ void __launch_bounds__(kMaxWarps * 32, 1)
-    push_and_sum(const __grid_constant__ Exchange ex, const __grid_constant__ CombineArgs args,
-                 const __grid_constant__ Shape shape) {
+__device__ __forceinline__ void run(const Exchange& ex, const CombineArgs& args, const Task& task,
+                                    SumRing<Element>& ring) {
+  const int sources = __popc(task.local_lanes) + task.num_partials;
+  for (int offset = 0; offset < ex.row_bytes(); offset += kPiece) {
+    const int bytes = min(kPiece, ex.row_bytes() - offset);
+    uint32_t lanes = task.local_lanes;
+    const char* partial = task.partials;
+    for (int left = sources; left > 0; --left) {
+      const char* source = partial;
+      if (lanes != 0) {
+        const int64_t row = __shfl_sync(kAllLanes, task.slot, __ffs(lanes) - 1);
+        source = static_cast<const char*>(args.rows) + row * ex.row_bytes();
+        lanes &= lanes - 1;
+      } else {
+        partial += ex.row_bytes();
+      }
+      const bool complete = left == 1;
+      ring.issue(source + offset,
+                 {complete ? task.target + offset : nullptr,
+                  complete && offset + kPiece >= ex.row_bytes() ? task.flag : nullptr, bytes});
+    }
+  }
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(kWarps * 32, 1)
+    push_and_sum(const __grid_constant__ Exchange ex, const __grid_constant__ CombineArgs args) {
   extern __shared__ __align__(128) char stages[];
-  __shared__ WarpState states[kMaxWarps];
+  __shared__ WarpState states[kWarps];
   const int operation = kCombineForward + args.channel;
   const uint64_t epoch = current_epoch(ex, operation);
-  const int warp = threadIdx.x / 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (!wait_all_done(ex, operation, epoch)) return;
 
-  SumRing<Element> ring(shape, stages + warp * (shape.stages + kSums) * shape.piece_bytes,
-                        states[warp], epoch);
-  Combiner<Element> combiner(ex, args, shape, ring, epoch);
-  int most_tokens = 0;
-  const int32_t* source_tokens = args.plan + PlanLayout(ex).source_tokens;
-  for (int p = 0; p < ex.ranks; ++p) most_tokens = max(most_tokens, source_tokens[p]);
-  const int workers = shape.warps * gridDim.x, worker = warp * gridDim.x + blockIdx.x;
-  // Every rank pushes token indices in rising order, each ahead of the sums of lower ones, and
-  // waits with nothing of its own outstanding: the lowest sum that waits can always proceed.
-  bool ok = true;
-  for (int token = worker; ok && token < most_tokens + kLag * workers; token += workers) {
-    if (token < most_tokens) combiner.push(token);
+  SumRing<Element> ring(stages + warp * kWarpBytes, states[warp], epoch);
+  const Tasks tasks(ex, args);
+  const int workers = kWarps * gridDim.x, worker = warp * gridDim.x + blockIdx.x;
+  const int end = tasks.most_tokens() + kLag * workers;
+  // In turn, one token index after the other: a push to each other rank, then a sum at home.
+  bool ok = true, finished = false;
+  for (int step = 0; ok && !finished; ++step) {
+    const int token = worker + step / ex.ranks * workers;
+    const int owner = (ex.rank + 1 + step % ex.ranks) % ex.ranks;
     const int home = token - kLag * workers;
-    if (home >= 0 && home < args.tokens) ok = combiner.sum_at_home(home);
+    const bool at_home = owner == ex.rank;
+    finished = token >= end;
+
+    Task task;
+    const bool some = !finished && (at_home ? tasks.prepare_home(home, task)
+                                            : tasks.prepare_push(owner, token, task));
+    const uint64_t* flag = some && at_home ? tasks.awaited_flag(home) : nullptr;
+    bool ready = !flag || load_acquire_system(flag) >= epoch;
+    // A warp that has to wait first completes all it has begun, and every rank pushes in rising
+    // order, each index ahead of the sums of lower ones: the lowest sum that waits can proceed.
+    if (finished || !__all_sync(kAllLanes, ready)) {
+      ring.drain();
+      __syncwarp();
+      if (!ready) ready = wait_for(ex, flag, epoch, operation, kDataReady, lane);
+      ok = __all_sync(kAllLanes, ready);
+    }
+    if (!ok || !some) continue;
+    if (at_home) {
+      fence_proxy_async_global();  // the partials were written by others, the copy engine reads
+                                   // them
+      __syncwarp();
+      if (args.topk_weight && lane < ex.topk) tasks.return_weight(home, task.slot);
+    }
+    run(ex, args, task, ring);
   }
-  ring.drain();
-  __syncwarp();
-  if (ok && threadIdx.x % 32 == 0) finish_operation(ex, operation, epoch, workers);
+  if (ok && lane == 0) finish_operation(ex, operation, epoch, workers);
 }
 
 template <typename Element>
 void launch(const Exchange& ex, const CombineArgs& args) {
-  const Shape shape = shape_of(ex);
-  const int shared_bytes = shape.warps * (shape.stages + kSums) * shape.piece_bytes;
+  constexpr int shared_bytes = kWarps * kWarpBytes;
   check_cuda(cudaFuncSetAttribute(push_and_sum<Element>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
              "cudaFuncSetAttribute");
   push_and_sum<Element>
-      <<<args.sms, shape.warps * 32, shared_bytes, static_cast<cudaStream_t>(args.stream)>>>(
-          ex, args, shape);
+      <<<args.sms, kWarps * 32, shared_bytes, static_cast<cudaStream_t>(args.stream)>>>(ex, args);
   check_cuda(cudaGetLastError(), "push_and_sum");
 }
 

@@ -176,7 +176,7 @@ __device__ bool pull(const Exchange& ex, const DispatchArgs& args, const Shape& 
         bool ok = true;
         if (lane == 0) {
           ok = wait_for(ex, &mine->ready[p], epoch, operation, kDataReady, p);
-          fence_proxy_async();
+          fence_proxy_async_global();
         }
         if (!__shfl_sync(kAllLanes, ok, 0)) return false;
         ready |= 1u << p;

@@ -39,9 +39,14 @@ __device__ __forceinline__ uint64_t global_nanoseconds() {
   return time;
 }
 
-// Hand-over between ordinary accesses and the bulk copy engine, in either direction.
-__device__ __forceinline__ void fence_proxy_async() {
-  asm volatile("fence.proxy.async;" ::: "memory");
+// Hand-over between ordinary accesses and the bulk copy engine, in either direction. The
+// unqualified fence would wait for every outstanding access of the thread.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
