@@ -23,8 +23,11 @@ constexpr int kSums = 2;
 constexpr int kVectors = 4;                 // 16-byte vectors of a piece in one lane
 constexpr int kPiece = 32 * 16 * kVectors;  // 2 KB; the last piece of a row may be shorter
 constexpr int kWarpBytes = (kStages + kSums) * kPiece;
-constexpr int kLag = 2;        // token indices between a push and the sum at home
-constexpr int kFlagDelay = 2;  // stores after a partial's last piece before its flag is raised
+constexpr int kLag = 2;  // token indices between a push and the sum at home
+// A flag costs a fence of about 2 µs: several share one, some stores after their own, so that these
+// have arrived by then.
+constexpr int kFlagBatch = 3;
+constexpr int kFlagDelay = 2;
 constexpr uint32_t kAllLanes = 0xffffffff;
 
 // kVectors × 16 bytes a lane, summed in fp32.
@@ -112,11 +115,10 @@ class SumRing {
     }
   }
 
-  // Finish everything issued, and raise the last flag.
+  // Finish everything issued, and raise all flags.
   __device__ void drain() {
     while (added_ < issued_) add_oldest();
-    bulk_wait_all();
-    raise_flag();
+    raise_flags(true);
   }
 
  private:
@@ -167,38 +169,39 @@ class SumRing {
     clear();
     fence_proxy_async_shared();
     __syncwarp();
-    if (lane() != 0) return;
-    bulk_store(load.target, sum, load.bytes);
-    bulk_commit();
-    if (flag_ && stored_ - flagged_at_ >= kFlagDelay) {
-      bulk_wait<kFlagDelay>();
-      raise_flag();
+    if (lane() == 0) {
+      bulk_store(load.target, sum, load.bytes);
+      bulk_commit();
     }
     if (load.flag) {
-      // Rows are at least one piece, so at most one flag waits: a delayed one was raised above,
-      // or is raised now.
-      if (flag_) {
-        bulk_wait<1>();
-        raise_flag();
-      }
-      flag_ = load.flag;
+      if (lane() == flags_++) flag_ = load.flag;
       flagged_at_ = stored_;
+    }
+    // Enough flags to pay for a fence, and their stores old enough to have arrived.
+    const bool ripe = flags_ >= kFlagBatch && stored_ - flagged_at_ >= kFlagDelay;
+    if (ripe || flags_ == 32) {
+      raise_flags(flags_ == 32);
     }
   }
 
-  // Only in lane 0, after the stores before the flag have completed.
-  __device__ void raise_flag() {
-    if (lane() != 0 || !flag_) return;
-    fence_proxy_async_global();
-    store_release_system(flag_, epoch_);
+  // Lane i raises the i-th flag once the stores up to its own have completed.
+  __device__ void raise_flags(bool at_once) {
+    if (lane() == 0) {
+      at_once ? bulk_wait_all() : bulk_wait<kFlagDelay>();
+      fence_proxy_async_global();
+    }
+    __syncwarp();
+    if (flag_) store_release_system(flag_, epoch_);
     flag_ = nullptr;
+    flags_ = 0;
   }
 
   char* stages_;
   WarpState& state_;
   const uint64_t epoch_;
   Sum<Element> sum_;
-  uint64_t* flag_ = nullptr;  // of the latest partial, once it has arrived
+  uint64_t* flag_ = nullptr;  // lane i: the i-th to be raised
+  int flags_ = 0;
   uint32_t flagged_at_ = 0, issued_ = 0, added_ = 0, stored_ = 0;
 };
 

@@ -230,6 +230,7 @@ def _serve(rank: int, world_size: int, backend: str, port: int, stacks: Path, pi
 def _choose_device(rank: int, backend: str) -> torch.device | None:
     if backend == "nccl":
         torch.cuda.set_device(rank)
+        torch.set_num_threads(4)  # the ranks' reference computations share the cores
         return torch.device("cuda", rank)
     # Several ranks share few cores, and Gloo must not pick a network that a sandbox lacks.
     torch.set_num_threads(1)

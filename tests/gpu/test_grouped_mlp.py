@@ -16,7 +16,7 @@ NAMES = ("out", "drows", "drow_weight", "dw13", "dw2")
 
 # Real rows of each expert, H, I, rows past the last expert.
 CASES = {
-    "tiny": ((5,), 8, 8, 0),
+    "tiny": ((90, 5), 8, 8, 0),
     "partial tiles": ((130, 0, 77, 256), 136, 136, 40),
     "odd widths": ((1, 300), 264, 392, 128),
     "empty first and last": ((0, 0, 513, 0), 512, 384, 256),
