@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from .errors import ExchangeClosedError
 from .reference import ReferenceBackend
 from .routing import Plan, RoutingLayout
 
-__all__ = ["CHANNELS", "Exchange", "choose_backend"]
+__all__ = ["CHANNELS", "Exchange", "choose_backend", "process_group"]
 
 CHANNELS = ("forward", "backward")
 MAX_RANKS = 8  # one NVLink domain
@@ -118,7 +119,7 @@ class Exchange:
         timeout: float = 100.0,
         device: torch.device | str | None = None,
     ):
-        self.group = _process_group(group)
+        self.group = process_group(group)
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
         self.world_size = 1 if self.group is None else dist.get_world_size(self.group)
         self.device = _resolve_device(device)
@@ -296,7 +297,8 @@ class Exchange:
         everyone = [mine]
         if self.world_size > 1:
             everyone = [None] * self.world_size
-            dist.all_gather_object(everyone, mine, group=self.group)
+            with _current(self.device):  # NCCL takes the current device
+                dist.all_gather_object(everyone, mine, group=self.group)
         for rank, theirs in enumerate(everyone):
             if theirs["error"] is not None:
                 raise type(theirs["error"])(f"rank {rank}: {theirs['error']}")
@@ -355,6 +357,11 @@ class Exchange:
             )
         if not self.dtype.is_floating_point:
             raise TypeError(f"dtype={self.dtype} is not a floating-point type: use torch.bfloat16")
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            raise ValueError(
+                f"device={self.device} is not the current device {torch.cuda.current_device()}: "
+                f"call torch.cuda.set_device({self.device.index}) when the process starts"
+            )
         if not self.timeout > 0:
             raise ValueError(
                 f"timeout={self.timeout} s is not above 0: pass seconds, such as 100.0"
@@ -432,7 +439,8 @@ class _Combine(torch.autograd.Function):
         return d_rows, d_row_weight, None, None, None
 
 
-def _process_group(group) -> dist.ProcessGroup | None:
+def process_group(group) -> dist.ProcessGroup | None:
+    """The ProcessGroup of `group`: itself, that of a 1-D DeviceMesh, or None."""
     if group is None or isinstance(group, dist.ProcessGroup):
         return group
     if hasattr(group, "get_group"):  # DeviceMesh
@@ -452,6 +460,10 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _host_identity() -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .exchange import Exchange, _process_group
+from .exchange import Exchange, process_group
 from .grouped_mlp import grouped_mlp
 from .router import Router
 
@@ -107,7 +107,7 @@ class MoELayer(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.group = _process_group(group)
+        self.group = process_group(group)
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
         self.world_size = 1 if self.group is None else dist.get_world_size(self.group)
         self.hidden, self.expert_hidden = hidden, expert_hidden

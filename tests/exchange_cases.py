@@ -53,17 +53,20 @@ class Case:
             idx[torch.rand(idx.shape, generator=generator) < 0.3] = -1
         return idx
 
+    def matrix(self, rows: int, generator: torch.Generator) -> torch.Tensor:
+        """[rows, H], every row and every column different; quick, unlike as many random numbers."""
+        by_row = torch.randn(rows, 1, generator=generator)
+        return (by_row + torch.randn(self.hidden, generator=generator)).to(self.dtype)
+
     def x(self, rank: int) -> torch.Tensor:
-        shape = (self.num_tokens(rank), self.hidden)
-        return torch.randn(shape, generator=self.generator(rank, 3)).to(self.dtype)
+        return self.matrix(self.num_tokens(rank), self.generator(rank, 3))
 
     def topk_weight(self, rank: int) -> torch.Tensor:
         shape = (self.num_tokens(rank), self.topk)
         return torch.rand(shape, generator=self.generator(rank, 4))
 
     def expert_out(self, rank: int, rows: int) -> torch.Tensor:
-        shape = (rows, self.hidden)
-        return torch.randn(shape, generator=self.generator(rank, 5)).to(self.dtype)
+        return self.matrix(rows, self.generator(rank, 5))
 
     def row_weight(self, rank: int, rows: int) -> torch.Tensor:
         return torch.rand(rows, generator=self.generator(rank, 6))
