@@ -69,7 +69,7 @@ def test_reference_backend_on_nccl(gpu_workers_4):
 @four
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_smaller_groups(gpu_workers_4, num_ranks):
-    gpu_workers_4.run(check_subgroups, "nvlink", num_ranks)
+    gpu_workers_4.run(check_subgroups, "nvlink", num_ranks, timeout=40)
 
 
 @four
