@@ -9,6 +9,7 @@ it whole, so that device events see the kernels and not the launches.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -319,7 +320,7 @@ def environment(num_sms: int) -> dict:
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python3", *sys.argv]),
+        "command": " ".join(["python", sys.argv[0], *map(os.path.basename, sys.argv[1:])]),
     }
 
 

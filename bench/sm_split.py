@@ -25,6 +25,12 @@ import torch.multiprocessing as mp
 import dualpipe_ext
 from dualpipe_ext import Exchange, grouped_mlp
 
+PEERS = {
+    "nccl_unique_rows": "NCCL all_to_all_single, a row per rank",
+    "nccl_row_per_expert": "NCCL all_to_all_single, a row per expert",
+    "torch_grouped_mm": "torch._grouped_mm",
+}
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -215,21 +221,24 @@ def sweep(args: argparse.Namespace, rank: int, world_size: int) -> list[dict]:
 
 
 def format_table(records: list[dict]) -> str:
+    """One line a split, then the peers. GB/s are those that cross the link / all that arrive."""
     lines = [
-        "comm  dispatch         combine          MLP           both at once",
-        " SMs  µs   wire GB/s   µs   wire GB/s   µs   TFLOPS   µs   hidden  MLP on the rest",
+        "SMs   dispatch          combine           MLP alone       on the rest   all at once",
+        "      us  wire/logical  us  wire/logical  us      TFLOPS  us            us     hidden",
     ]
     for r in records:
-        if "comm_sms" in r:
-            lines.append(
-                f"{r['comm_sms']:4d} {r['dispatch_us']:5.0f} {r['dispatch_wire_gb_s']:7.0f}    "
-                f"{r['combine_us']:6.0f} {r['combine_wire_gb_s']:7.0f}   {r['mlp_us']:7.0f} "
-                f"{r['mlp_tflops']:6.0f} {r['both_us']:8.0f} {r['hidden_share']:7.0%} "
-                f"{r['mlp_fewer_sms_us']:9.0f}"
-            )
-        else:
+        if "peer" in r:
             rate = f"{r['tflops']:.0f} TFLOPS" if "tflops" in r else f"{r['wire_gb_s']:.0f} GB/s"
-            lines.append(f"{r['peer']}: {r['us']:.0f} µs, {rate}")
+            lines.append(f"{PEERS[r['peer']]}: {r['us']:.0f} us, {rate}")
+            continue
+        exchange = ""
+        for name in ("dispatch", "combine"):
+            wire, logical = r[f"{name}_wire_gb_s"], r[f"{name}_logical_gb_s"]
+            exchange += f"{r[f'{name}_us']:6.0f} {wire:5.0f}/{logical:<4.0f} "
+        lines.append(
+            f"{r['comm_sms']:3d} {exchange} {r['mlp_us']:6.0f}  {r['mlp_tflops']:6.0f} "
+            f"{r['mlp_fewer_sms_us']:8.0f} {r['both_us']:13.0f} {r['hidden_share']:8.0%}"
+        )
     return "\n".join(lines)
 
 
@@ -252,7 +261,8 @@ def plot(records: list[dict], path: str) -> None:
     for r in records:
         if r.get("peer", "").startswith("nccl"):
             axes.axhline(r["us"], color="grey", linestyle=":", linewidth=1)
-            axes.annotate(r["peer"], (sms[-1], r["us"]), ha="right", va="bottom", fontsize=8)
+            label = PEERS[r["peer"]]
+            axes.annotate(label, (sms[0], r["us"]), va="bottom", fontsize=8)
     axes.set(xlabel="SMs that communicate", ylabel="µs", yscale="log", xticks=sms)
     axes.set_title("MoE exchange and grouped MLP by SM split")
     axes.grid(alpha=0.3)
@@ -262,7 +272,9 @@ def plot(records: list[dict], path: str) -> None:
 
 def hardware_and_versions(args: argparse.Namespace, world_size: int) -> dict:
     return {
-        "command": "python bench/sm_split.py " + " ".join(args.arguments),
+        "command": " ".join(
+            ["python", "bench/sm_split.py", *map(os.path.basename, args.arguments)]
+        ),
         "date": datetime.date.today().isoformat(),
         "gpu": f"{world_size}x {torch.cuda.get_device_name()}",
         "torch": torch.__version__,
@@ -295,7 +307,7 @@ def worker(rank: int, args: argparse.Namespace, world_size: int) -> None:
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--comm-sms", default="2,4,6,8,12,16,20,24,32", help="comma-separated (%(default)s)")
+    add("--comm-sms", default="2,4,6,8,12,16,20,24,32", help="SM counts to try (%(default)s)")
     add("--ranks", type=int, default=None, help="GPUs to use (all)")
     add("--tokens", type=int, default=4096, help="tokens of each rank (%(default)s)")
     add("--hidden", type=int, default=7168, help="model width (%(default)s)")

@@ -215,8 +215,6 @@ def check_subgroups(rank: int, group: dist.ProcessGroup, backend: str, num_ranks
     if rank < num_ranks:
         check_routings(rank, members, backend, 136, 2, 4 * num_ranks, 97)
     dist.barrier(group)
-    if rank < num_ranks:
-        dist.destroy_process_group(members)
 
 
 def check_gradients(rank: int, group: dist.ProcessGroup | None, backend: str) -> None:
