@@ -25,6 +25,7 @@ CHANNELS = ("forward", "backward")
 MAX_RANKS = 8  # one NVLink domain
 MAX_TOPK = 32  # a route a lane of the warp that moves a token
 MAX_LOCAL_EXPERTS = 512  # the plan's prefix sums stay in shared memory
+KERNEL_CAPABILITIES = ((9, 0), (10, 0))  # Hopper and Blackwell: the cubins are built for these
 NVLINK_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -63,12 +64,18 @@ def _nvlink_obstacle(device: torch.device, world_size: int) -> str | None:
     try:
         from . import _C  # noqa: F401
     except ImportError as error:
-        return f"the CUDA extension is not built ({error}): reinstall with nvcc on the PATH"
+        from .environment import read_build_record
+
+        build = read_build_record()
+        reason = f"{error}: reinstall it" if build["built"] else build["reason"]
+        return f"the CUDA extension is missing ({reason})"
     if world_size > MAX_RANKS:
         return f"{world_size} ranks are more than {MAX_RANKS} in one NVLink domain: split the group"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 9:
-        return f"compute capability {major}.{minor} is below 9.0: use a Hopper or Blackwell GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in KERNEL_CAPABILITIES:
+        return (
+            f"compute capability {capability} is not one of {KERNEL_CAPABILITIES}: use such a GPU"
+        )
     index = torch.cuda.current_device() if device.index is None else device.index
     for other in range(torch.cuda.device_count() if world_size > 1 else 0):
         if other != index and not torch.cuda.can_device_access_peer(index, other):
@@ -209,7 +216,7 @@ class Exchange:
         if topk_weight is not None:
             _check_tensor("topk_weight", topk_weight, self._weight_dtype, self.device)
             _check_shape("topk_weight", topk_weight, [plan.num_tokens, self.topk], "[T, K]")
-        rows, row_weight = _Dispatch.apply(x, topk_weight, self, plan, channel)
+        rows, row_weight = _Transfer.apply(x, topk_weight, self, plan, "dispatch", channel)
         return rows if topk_weight is None else (rows, row_weight)
 
     def combine(
@@ -238,7 +245,7 @@ class Exchange:
         if row_weight is not None:
             _check_tensor("row_weight", row_weight, self._weight_dtype, self.device)
             _check_shape("row_weight", row_weight, [plan.num_rows], "[R]")
-        y, topk_weight = _Combine.apply(rows, row_weight, self, plan, channel)
+        y, topk_weight = _Transfer.apply(rows, row_weight, self, plan, "combine", channel)
         return y if row_weight is None else (y, topk_weight)
 
     def check(self) -> None:
@@ -403,40 +410,25 @@ class Exchange:
         _check_shape(name, tensor, [count, self.hidden], f"[{letter}, H]")
 
 
-class _Dispatch(torch.autograd.Function):
+class _Transfer(torch.autograd.Function):
+    """A dispatch or a combine of rows, and of a scalar a route; each is the other's transpose."""
+
     @staticmethod
-    def forward(ctx, x, topk_weight, exchange, plan, channel):
-        ctx.exchange, ctx.plan, ctx.weighted = exchange, plan, topk_weight is not None
-        weight = None if topk_weight is None else topk_weight.contiguous()
-        return exchange._backend_call("dispatch", x.contiguous(), plan, weight, channel)
+    def forward(ctx, rows, weight, exchange, plan, operation, channel):
+        ctx.exchange, ctx.plan, ctx.weighted = exchange, plan, weight is not None
+        ctx.transpose = {"dispatch": "combine", "combine": "dispatch"}[operation]
+        weight = None if weight is None else weight.contiguous()
+        return exchange._backend_call(operation, rows.contiguous(), plan, weight, channel)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_rows, d_row_weight):
-        d_weight = d_row_weight.contiguous() if ctx.weighted else None
+    def backward(ctx, d_rows, d_weight):
         ctx.exchange._check_open()
-        dx, d_topk_weight = ctx.exchange._backend_call(
-            "combine", d_rows.contiguous(), ctx.plan, d_weight, "backward"
+        d_weight = d_weight.contiguous() if ctx.weighted else None
+        gradients = ctx.exchange._backend_call(
+            ctx.transpose, d_rows.contiguous(), ctx.plan, d_weight, "backward"
         )
-        return dx, d_topk_weight, None, None, None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, row_weight, exchange, plan, channel):
-        ctx.exchange, ctx.plan, ctx.weighted = exchange, plan, row_weight is not None
-        weight = None if row_weight is None else row_weight.contiguous()
-        return exchange._backend_call("combine", rows.contiguous(), plan, weight, channel)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, d_topk_weight):
-        d_weight = d_topk_weight.contiguous() if ctx.weighted else None
-        ctx.exchange._check_open()
-        d_rows, d_row_weight = ctx.exchange._backend_call(
-            "dispatch", dy.contiguous(), ctx.plan, d_weight, "backward"
-        )
-        return d_rows, d_row_weight, None, None, None
+        return *gradients, None, None, None, None
 
 
 def process_group(group) -> dist.ProcessGroup | None:

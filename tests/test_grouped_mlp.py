@@ -226,6 +226,9 @@ def test_import_needs_no_triton():
 
 def test_interpreter_equals_reference():
     pytest.importorskip("triton")
+    numpy = pytest.importorskip("numpy").__version__
+    if tuple(map(int, numpy.split(".")[:2])) > (2, 3):
+        pytest.skip(f"numpy {numpy}: Triton 3.6's interpreter needs 2.3 or older")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     child = subprocess.run(
         [sys.executable, "-m", "tests.grouped_mlp_interpreter"],
