@@ -53,7 +53,7 @@ class ReferenceBackend:
         idx_PTK = self._gather_routing(topk_idx)
         self._check_range(idx_PTK)
 
-        owner = torch.where(idx_PTK >= 0, idx_PTK // layout.num_local_experts, -1)
+        owner = idx_PTK // layout.num_local_experts  # -1 stays -1
         routes_here = (owner == rank).flatten().nonzero().squeeze(1)
         expert = idx_PTK.flatten()[routes_here] - rank * layout.num_local_experts
         tokens_per_expert = torch.bincount(expert, minlength=layout.num_local_experts)
