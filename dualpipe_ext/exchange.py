@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from .errors import ExchangeClosedError
+from .peer_memory import PeerMemory
 from .reference import ReferenceBackend
 from .routing import Plan, RoutingLayout
 
@@ -293,6 +294,7 @@ class Exchange:
                 backend,
             ),
             "host": _host_identity(),
+            "rendezvous": PeerMemory.rendezvous,
             "error": None,
         }
         choice = None
@@ -325,6 +327,7 @@ class Exchange:
         for rank, theirs in enumerate(everyone):
             if theirs["choice"][0] == "reference":
                 return "reference", f"rank {rank}: {theirs['choice'][1]}"
+        _check_rendezvous([theirs["rendezvous"] for theirs in everyone])
         return choice
 
     def _choose_backend(self, backend: str) -> tuple[str, str]:
@@ -452,6 +455,16 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _check_rendezvous(counts: list[int]) -> None:
+    """Refuse what would hang inside torch, see :class:`PeerMemory`."""
+    if min(counts) != max(counts):
+        raise ValueError(
+            f"the ranks of this group have opened {counts} NVLink exchanges so far, and torch's "
+            f"symmetric memory needs equally many on each: open the exchanges of the larger group "
+            f'first, or as many in every smaller group, or use backend="reference"'
+        )
 
 
 def _current(device: torch.device) -> AbstractContextManager:

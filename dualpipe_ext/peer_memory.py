@@ -20,10 +20,15 @@ class PeerMemory:
         device: this rank's CUDA device.
 
     Making one is collective. ``pointers[p]`` is the address at which this rank sees rank p's bytes.
+    ``PeerMemory.rendezvous`` counts how many this process has made with others: torch (2.11, 2.13)
+    numbers its own rendezvous by process, not by group, so two ranks that come with different
+    counts would wait for each other forever. Compare the counts first.
 
     Raises:
         RuntimeError: the driver refused to map a peer's memory.
     """
+
+    rendezvous = 0
 
     def __init__(self, group: dist.ProcessGroup | None, nbytes: int, device: torch.device):
         self.nbytes = nbytes
@@ -35,6 +40,7 @@ class PeerMemory:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         self._buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
+        PeerMemory.rendezvous += 1
         self._handle = symmetric_memory.rendezvous(self._buffer, group)
         # With a memory pool below it, the tensor need not start at its segment's first byte.
         inside = self._buffer.data_ptr() - self._handle.buffer_ptrs[self._handle.rank]

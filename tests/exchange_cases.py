@@ -209,11 +209,10 @@ def check_routings(
         return exchange.backend
 
 
-def check_subgroups(rank: int, group: dist.ProcessGroup, backend: str, num_ranks: int) -> None:
-    """The first `num_ranks` ranks as a group of their own; the others only help to make it."""
-    members = dist.new_group(list(range(num_ranks)))
-    if rank < num_ranks:
-        check_routings(rank, members, backend, 136, 2, 4 * num_ranks, 97)
+def check_halves(rank: int, group: dist.ProcessGroup, backend: str) -> None:
+    """Two expert groups of two ranks side by side, as data parallelism around them makes them."""
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    check_routings(rank, halves[rank // 2], backend, 136, 2, 8, 97)
     dist.barrier(group)
 
 

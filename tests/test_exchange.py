@@ -13,9 +13,10 @@ from tests.exchange_cases import (
     check_bad_arguments,
     check_case,
     check_gradients,
+    check_halves,
     check_routings,
-    check_subgroups,
 )
+from tests.workers import WorkerPool
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -24,9 +25,13 @@ def test_every_routing_on_four_ranks(gloo_workers_4, dtype):
     assert ran == ["reference"] * 4
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-def test_smaller_groups(gloo_workers_4, num_ranks):
-    gloo_workers_4.run(check_subgroups, "reference", num_ranks)
+def test_two_groups_side_by_side(gloo_workers_4):
+    gloo_workers_4.run(check_halves, "reference")
+
+
+def test_three_ranks():
+    with WorkerPool(3, "gloo") as pool:
+        pool.run(check_routings, "reference", 136, 2, 12, 97)
 
 
 @settings(max_examples=30)
@@ -65,3 +70,25 @@ def test_nvlink_backend_says_why_it_cannot_run_on_a_cpu():
         choose_backend("nvlink", cpu, 4)
     with pytest.raises(ValueError, match="cannot run here"):
         Exchange(hidden=8, num_experts=2, topk=1, max_tokens=4, backend="nvlink", device="cpu")
+
+
+def _exchange_after_others(rank, group):
+    """As if rank 1 had opened an exchange in a smaller group: torch's rendezvous would hang."""
+    from dualpipe_ext import exchange
+    from dualpipe_ext.peer_memory import PeerMemory
+
+    original = exchange.choose_backend
+    exchange.choose_backend = lambda *args: ("nvlink", "pretended")
+    PeerMemory.rendezvous = int(rank == 1)
+    try:
+        Exchange(group, hidden=8, num_experts=4, topk=1, max_tokens=4, device="cpu")
+    except ValueError as error:
+        return str(error)
+    finally:
+        exchange.choose_backend = original
+        PeerMemory.rendezvous = 0
+
+
+def test_uneven_rendezvous_are_refused_everywhere(gloo_workers_4):
+    for message in gloo_workers_4.run(_exchange_after_others):
+        assert "opened [0, 1, 0, 0] NVLink exchanges" in message

@@ -14,9 +14,10 @@ from tests.exchange_cases import (
     check_bad_arguments,
     check_case,
     check_gradients,
+    check_halves,
     check_routings,
-    check_subgroups,
 )
+from tests.workers import WorkerPool
 
 four = pytest.mark.gpu_4
 COMM_SMS = (1, 3, 8, 24)
@@ -67,9 +68,15 @@ def test_reference_backend_on_nccl(gpu_workers_4):
 
 
 @four
+def test_two_groups_side_by_side(gpu_workers_4):
+    gpu_workers_4.run(check_halves, "nvlink")
+
+
+@four
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_smaller_groups(gpu_workers_4, num_ranks):
-    gpu_workers_4.run(check_subgroups, "nvlink", num_ranks, timeout=40)
+def test_fewer_ranks(num_ranks):
+    with WorkerPool(num_ranks, "nccl") as pool:
+        pool.run(check_routings, "nvlink", 136, 2, 4 * num_ranks, 97)
 
 
 @four
