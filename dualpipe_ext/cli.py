@@ -25,6 +25,18 @@ keys of --json:
   backend      name that backend="auto" chooses over all GPUs of this machine, reason
 """
 
+BALANCE_JSON = """\
+LOADS: one row a layer, one number (tokens) an expert; .csv, or .json with rows or {"loads": rows}
+
+keys of --json:
+  physical_to_logical    [layer][slot] expert in every slot, GPU by GPU
+  count                  [layer][expert] copies
+  before, after          gpu_load [layer][gpu], balance [layer]: mean / heaviest load of a GPU;
+                         before: placement; after: copies_beside_another
+  lower_bound            [layer] no placement has a lighter heaviest GPU
+  copies_to_send         [layer] copies whose GPU has none of that expert today; null if unknown
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dualpipe-ext`, by default with the command line; returns the exit status."""
@@ -33,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_info(commands)
     _add_schedule(commands)
+    _add_balance(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 
@@ -62,7 +75,7 @@ keys of --json:
   kind, num_ranks, num_chunks, num_stages, times {f, b, w, fb, p2p}
   makespan          time from the first start to the last end
   bubble            [rank]: makespan less the time in which the rank runs something
-  peak_activations  [rank]: chunks whose forward has run but not their last backward
+  peak_activations  [rank]: most activations alive at once, each from a chunk's F to its B or W
   actions           [rank][i], in order: {op: F | B | I | W, stage, chunk, direction}, or
                     {op: FB, forward: {...}, backward: {...}} for an overlapped pair
 """
@@ -115,6 +128,51 @@ def _run_schedule(options: argparse.Namespace) -> int:
         return 2
     columns = shutil.get_terminal_size((160, 24)).columns
     print(json.dumps(found.as_dict()) if options.json else describe_simulation(found, columns))
+    return 0
+
+
+def _add_balance(commands) -> None:
+    balance = commands.add_parser(
+        "balance",
+        help="place and copy experts for given loads; load per GPU before and after",
+        description="Spreads experts, and copies of the busiest ones, over GPUs.",
+        epilog=BALANCE_JSON,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = balance.add_argument
+    add("loads", metavar="LOADS.json|csv", help="load statistics, see below")
+    add("--gpus", type=int, default=8, help="GPUs of the expert-parallel group (8)")
+    add("--replicas", type=int, help="slots for experts and copies (as few as fill all GPUs)")
+    add("--nodes", type=int, default=1, help="hosts (1)")
+    add("--groups", type=int, default=1, help="expert groups, kept whole on a node (1)")
+    add("--policy", choices=["deepseek", "improved"], default="deepseek", help="(deepseek)")
+    add("--current", metavar="FILE", help="today's physical_to_logical, or an output of --json")
+    add("--max-moved", type=int, metavar="N", help="send at most N copies; needs --current")
+    add("--json", action="store_true", help="machine-readable, keys below")
+    add("--plot", metavar="FILE", help="draw load per GPU into FILE.png, .svg or .pdf (matplotlib)")
+    balance.set_defaults(run=_run_balance)
+
+
+def _run_balance(options: argparse.Namespace) -> int:
+    from .eplb_report import balance, plot_balancing, read_loads, read_placement
+
+    try:
+        found = balance(
+            read_loads(options.loads),
+            num_gpus=options.gpus,
+            num_replicas=options.replicas,
+            num_groups=options.groups,
+            num_nodes=options.nodes,
+            policy=options.policy,
+            current=read_placement(options.current) if options.current else None,
+            max_moved=options.max_moved,
+        )
+        if options.plot:
+            plot_balancing(found, options.plot)
+    except (ValueError, ModuleNotFoundError, OSError) as error:
+        print(f"dualpipe-ext balance: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found.to_dict()) if options.json else found)
     return 0
 
 
