@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dualpipe_ext.schedule import KINDS, build_schedule
+from dualpipe_ext.simulate import simulate
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -19,6 +22,18 @@ def test_the_example_runs():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "backend, loss 0." in done.stdout
+
+
+def test_the_bubble_table_is_what_the_tool_prints():
+    readme = (ROOT / "README.md").read_text()
+    for kind in KINDS:
+        stages, bubble, peak = re.search(
+            rf"^\| {kind} \| (\d+).*? \| (\d+) \| .*\| (\d+) \|$", readme, re.M
+        ).groups()
+        result = simulate(build_schedule(kind, 8, 20))
+        assert result.schedule.num_stages == int(stages)
+        assert max(result.bubble) == int(bubble)
+        assert max(result.peak_activations) == int(peak)
 
 
 def test_linked_files_exist():
