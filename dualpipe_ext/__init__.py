@@ -1,5 +1,6 @@
 """dualpipe_ext: expert-parallel MoE training whose communication hides behind its computation."""
 
+from .eplb import measure_placement, rebalance_experts
 from .errors import DualPipeError, ExchangeClosedError, PeerTimeoutError
 from .exchange import Exchange
 from .grouped_mlp import grouped_mlp
@@ -16,4 +17,6 @@ __all__ = [
     "PeerTimeoutError",
     "Plan",
     "grouped_mlp",
+    "measure_placement",
+    "rebalance_experts",
 ]
