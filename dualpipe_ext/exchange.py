@@ -105,6 +105,10 @@ class Exchange:
         timeout: seconds a kernel waits for a peer before it gives up.
         device: where the tokens are; default the current CUDA device, else the CPU.
 
+    Calls go to the current stream; a plan or tensor made on another stream follows torch's rules
+    (order the streams, ``record_stream``). Every rank makes the same calls in the same order on a
+    channel; the two channels do not wait for each other.
+
     Making one is collective over the group. Peer memory on each rank, P > 1, NVLink backend::
 
         2 channels · max_tokens · H · itemsize · (1 + min(K, P − 1)) bytes, and small tables
