@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_info(commands)
     _add_schedule(commands)
     _add_balance(commands)
+    _add_trace(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 
@@ -171,6 +172,54 @@ def _run_balance(options: argparse.Namespace) -> int:
             plot_balancing(found, options.plot)
     except (ValueError, ModuleNotFoundError, OSError) as error:
         print(f"dualpipe-ext balance: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found.to_dict()) if options.json else found)
+    return 0
+
+
+TRACE_JSON = """\
+Counts kernels, copies and memsets on GPUs. Communication is what --comm finds in their names, by
+default NCCL, NVSHMEM, symmetric memory, DeepEP, dualpipe_ext and copies between GPUs; computation
+is the rest without copies from and to the host. Overlapping events of a GPU count once.
+
+keys of --json, times in microseconds:
+  trace, rank, world_size, comm, skipped: GPU events without start or length
+  span              from the first start to the last end
+  compute_busy      length of the union of computation
+  comm_busy         length of the union of communication
+  exposed_comm      length of communication without computation
+  hidden_share      1 - exposed_comm / comm_busy; null without communication
+  idle              span - compute_busy - exposed_comm
+  streams, events   how many; all of these from span on are sums over GPUs
+  gpus              [{gpu, and the same of this GPU alone}]
+  top_comm          [{name, calls, time, exposed}], longest exposed first
+  top_compute       [{name, calls, time, exposed: null}], longest first
+"""
+
+
+def _add_trace(commands) -> None:
+    trace = commands.add_parser(
+        "trace",
+        help="communication that a profiler trace hides behind computation",
+        description="Reads a Chrome trace of torch.profiler, .json or .json.gz.",
+        epilog=TRACE_JSON,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = trace.add_argument
+    add("file", metavar="FILE", help="trace of one rank, or of several in one file")
+    add("--comm", metavar="REGEX", help="names of communication kernels, instead of the default")
+    add("--json", action="store_true", help="machine-readable, keys below")
+    trace.set_defaults(run=_run_trace)
+
+
+def _run_trace(options: argparse.Namespace) -> int:
+    from .trace import COMM_KERNELS, measure_overlap, read_trace
+
+    try:
+        comm = COMM_KERNELS if options.comm is None else options.comm
+        found = measure_overlap(read_trace(options.file), comm)
+    except (ValueError, OSError) as error:
+        print(f"dualpipe-ext trace: {error}", file=sys.stderr)
         return 2
     print(json.dumps(found.to_dict()) if options.json else found)
     return 0
