@@ -232,7 +232,7 @@ def _choose_device(rank: int, backend: str) -> torch.device | None:
         torch.cuda.set_device(rank)
         torch.set_num_threads(4)  # the ranks' reference computations share the cores
         return torch.device("cuda", rank)
-    # Several ranks share few cores, and Gloo must not pick a network that a sandbox lacks.
+    # Several ranks share few cores, and Gloo must not pick a network that a container lacks.
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # code that defaults to a GPU stays on the CPU here
