@@ -14,8 +14,9 @@ namespace dualpipe {
 namespace {
 
 // An SM reads 52 GB/s: at 2 µs of latency that needs 104 KB in flight. 192 KB hold
-// 16 warps × (4 stages + 2 sums on their way out) × 2 KB. Adding up takes about 45 instructions for
-// 512 bytes of the 80 that an SM can issue meanwhile, so many warps matter more than large pieces.
+// 16 warps × (4 stages + 2 sums on their way out) × 2 KB. Adding up takes an estimated 45
+// instructions for 512 bytes of the 80 that an SM can issue meanwhile, so many warps matter more
+// than large pieces.
 constexpr int kWarps = 16;
 constexpr int kStages = 4;
 constexpr int kSums = 2;
@@ -23,8 +24,8 @@ constexpr int kVectors = 4;                 // 16-byte vectors of a piece in one
 constexpr int kPiece = 32 * 16 * kVectors;  // 2 KB; the last piece of a row may be shorter
 constexpr int kWarpBytes = (kStages + kSums) * kPiece;
 constexpr int kLag = 2;  // token indices between a push and the sum at home
-// A flag costs a fence of about 2 µs: several share one, some stores after their own, so that these
-// have arrived by then.
+// A flag costs a fence, by estimate 2 µs: several share one, some stores after their own, so that
+// these have arrived by then.
 constexpr int kFlagBatch = 3;
 constexpr int kFlagDelay = 2;
 constexpr uint32_t kAllLanes = 0xffffffff;
