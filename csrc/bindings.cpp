@@ -83,11 +83,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("peers"))
       .def_property_readonly("symmetric_bytes",
                              [](const Exchange& ex) { return SymmetricLayout(ex).bytes; })
-      .def_property_readonly("signal_bytes",
-                             [](const Exchange& ex) { return SymmetricLayout(ex).routing; })
       .def_property_readonly("plan_elements",
                              [](const Exchange& ex) { return PlanLayout(ex).elements; })
-      .def_property_readonly("topk_stride", &Exchange::topk_stride)
       .def("plan_parts", &plan_parts)
       .def("plan",
            [](const Exchange& ex, uintptr_t topk_idx, int tokens, uintptr_t plan, int sms,

@@ -1,5 +1,8 @@
 """The exchange's contract on the reference backend; the NVLink backend's is in tests/gpu."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,6 +73,34 @@ def test_nvlink_backend_says_why_it_cannot_run_on_a_cpu():
         choose_backend("nvlink", cpu, 4)
     with pytest.raises(ValueError, match="cannot run here"):
         Exchange(hidden=8, num_experts=2, topk=1, max_tokens=4, backend="nvlink", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "capability", "peers", "message"),
+    [
+        (2, (9, 0), False, "GPU 0 has no peer access to GPU 1: hide it with CUDA_VISIBLE_DEVICES"),
+        (9, (9, 0), True, "9 ranks are more than 8 in one NVLink domain: split the group"),
+        (2, (8, 0), True, r"capability \(8, 0\) is not one of .*: use such a GPU"),
+        (2, (9, 0), True, None),
+    ],
+)
+def test_nvlink_backend_says_what_the_gpus_lack(
+    monkeypatch, world_size, capability, peers, message
+):
+    """What torch says of the GPUs is made up; the decision is real."""
+    monkeypatch.setitem(sys.modules, "dualpipe_ext._C", ModuleType("_C"))
+    monkeypatch.setattr("dualpipe_ext._C", ModuleType("_C"), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: peers)
+    gpu = torch.device("cuda", 0)
+    if message is None:
+        assert choose_backend("auto", gpu, world_size)[0] == "nvlink"
+        return
+    assert choose_backend("auto", gpu, world_size)[0] == "reference"
+    with pytest.raises(ValueError, match=message):
+        choose_backend("nvlink", gpu, world_size)
 
 
 def _exchange_after_others(rank, group):

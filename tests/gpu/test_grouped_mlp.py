@@ -16,7 +16,8 @@ NAMES = ("out", "drows", "drow_weight", "dw13", "dw2")
 
 # Real rows of each expert, H, I, rows past the last expert.
 CASES = {
-    "tiny": ((90, 5), 8, 8, 0),
+    "tiny": ((5,), 8, 8, 0),
+    "narrow and thin": ((90, 5), 8, 8, 0),
     "partial tiles": ((130, 0, 77, 256), 136, 136, 40),
     "odd widths": ((1, 300), 264, 392, 128),
     "empty first and last": ((0, 0, 513, 0), 512, 384, 256),
@@ -62,16 +63,33 @@ def run(problem, dout, end, num_sms=None):
     return out[:end], drows[:end], drow_weight[:end], dw13, dw2
 
 
-def check(got, want, tolerance=BF16):
-    for name, value, reference in zip(NAMES, got, want, strict=True):
-        error = relative_error(value, reference)
-        assert error < tolerance, f"{name}: {error:.2e}"
+def plain_torch(problem, dout, end):
+    """The same five by plain torch on the CPU, which rounds in the same places."""
+    problem = [t.cpu() for t in problem]
+    out, saved = mlp_forward(*problem, implementation="reference")
+    drows, drow_weight = mlp_dgrad(dout.cpu(), saved)
+    dw13, dw2 = mlp_wgrad(dout.cpu(), saved)
+    return out[:end], drows[:end], drow_weight[:end], dw13, dw2
+
+
+def check(got, want, tolerance=BF16, plain=None):
+    """Every error is below the tolerance, or, with `plain`, hardly above plain torch's.
+
+    Five rows of eight numbers average few roundings: of 300 draws of "tiny", plain torch exceeds
+    5e-3 in 4 for drows and in 23 for drow_weight; with 95 rows in none.
+    """
+    for i, (name, value, reference) in enumerate(zip(NAMES, got, want, strict=True)):
+        error, limit = relative_error(value, reference), tolerance
+        if plain is not None:
+            limit = max(limit, 1.1 * relative_error(plain[i].to(reference.device), reference))
+        assert error < limit, f"{name}: {error:.2e}, limit {limit:.2e}"
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_fp64(case):
     problem, dout, end = on_gpu(*make_problem(*CASES[case][:3], torch.bfloat16, CASES[case][3]))
-    check(run(problem, dout, end), expected(problem, dout, end))
+    plain = plain_torch(problem, dout, end) if case == "tiny" else None
+    check(run(problem, dout, end), expected(problem, dout, end), plain=plain)
 
 
 def test_fp16_equals_fp64():
@@ -107,7 +125,8 @@ def test_random_shapes():
         H, I = 8 * draw(1, 90), 8 * draw(1, 90)  # noqa: E741
         problem, dout, end = on_gpu(*make_problem(counts, H, I, torch.bfloat16, draw(0, 300)))
         if end:
-            check(run(problem, dout, end), expected(problem, dout, end), 8e-3)
+            plain = plain_torch(problem, dout, end)
+            check(run(problem, dout, end), expected(problem, dout, end), plain=plain)
 
 
 def test_rows_past_the_last_expert_are_not_written():
