@@ -84,6 +84,26 @@ __device__ __forceinline__ void signal_ready(const Exchange& ex, int operation, 
   }
 }
 
+// Wait, with one whole warp, until every rank has begun this epoch.
+__device__ __forceinline__ bool wait_begun(const Exchange& ex, int operation, uint64_t epoch) {
+  const int lane = threadIdx.x % 32;
+  bool ok = true;
+  if (lane < ex.ranks && lane != ex.rank) {
+    ok = wait_for(ex, &signals_of(ex, ex.rank, operation)->done[lane], epoch, operation, kArrived,
+                  lane);
+  }
+  return __all_sync(0xffffffff, ok);
+}
+
+// Tell, with one whole warp, every rank that this one has begun the epoch.
+__device__ __forceinline__ void signal_begun(const Exchange& ex, int operation, uint64_t epoch) {
+  const int lane = threadIdx.x % 32;
+  if (lane < ex.ranks && lane != ex.rank) {
+    __threadfence_system();
+    store_release_system(&signals_of(ex, lane, operation)->done[ex.rank], epoch);
+  }
+}
+
 // Call with one thread once its group's work is complete: the last of `groups` ends the operation
 // and tells every rank that this one no longer needs its data.
 __device__ __forceinline__ void finish_operation(const Exchange& ex, int operation, uint64_t epoch,

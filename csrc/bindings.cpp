@@ -40,8 +40,8 @@ T* pointer(uintptr_t address) {
 }
 
 Exchange make_exchange(int rank, int ranks, int device, int hidden, int element_bytes, int experts,
-                       int topk, int max_tokens, double timeout, uintptr_t fault,
-                       const std::vector<uintptr_t>& peers) {
+                       int topk, int max_tokens, int max_rows, bool unique, double timeout,
+                       uintptr_t fault, const std::vector<uintptr_t>& peers) {
   Exchange ex{};
   ex.rank = rank;
   ex.ranks = ranks;
@@ -51,6 +51,8 @@ Exchange make_exchange(int rank, int ranks, int device, int hidden, int element_
   ex.experts = experts;
   ex.topk = topk;
   ex.max_tokens = max_tokens;
+  ex.max_rows = max_rows;
+  ex.unique = unique;
   ex.timeout_ns = static_cast<int64_t>(timeout * 1e9);
   ex.fault = pointer<Fault>(fault);
   if (peers.size() > kMaxRanks) throw std::invalid_argument("more than 8 peers");
@@ -58,39 +60,75 @@ Exchange make_exchange(int rank, int ranks, int device, int hidden, int element_
   return ex;
 }
 
-// name -> (first element, elements) of the parts that Python reads.
+// name -> (first element, elements) of the plan's parts that Python reads.
 py::dict plan_parts(const Exchange& ex) {
   const PlanLayout layout(ex);
   const int64_t slots = static_cast<int64_t>(ex.ranks) * ex.max_tokens * ex.topk_stride();
+  const int64_t sent = static_cast<int64_t>(ex.max_tokens) * ex.rank_stride();
   py::dict parts;
   parts["slots"] = py::make_tuple(layout.slots, slots);
   parts["expert_offsets"] = py::make_tuple(layout.expert_offsets, ex.local_experts() + 1);
   parts["tokens_per_expert"] = py::make_tuple(layout.tokens_per_expert, ex.local_experts());
-  parts["header"] = py::make_tuple(layout.header, 6);
+  parts["send_rows"] = py::make_tuple(layout.send_rows, sent);
+  parts["expert_rows"] = py::make_tuple(layout.expert_rows, slots);
+  parts["unique_counts"] = py::make_tuple(layout.arrival_counts, ex.ranks);
   return parts;
+}
+
+// name -> (first byte, bytes) of a channel's boxes in this rank's symmetric buffer.
+py::dict channel_parts(const Exchange& ex, int channel) {
+  const SymmetricLayout layout(ex);
+  const int64_t base = layout.channel + layout.channel_stride * channel;
+  const int64_t rows = static_cast<int64_t>(ex.ranks) * ex.max_tokens;
+  py::dict parts;
+  parts["inbox"] = py::make_tuple(base + layout.inbox, rows * ex.row_bytes());
+  parts["inbox_weight"] = py::make_tuple(base + layout.inbox_weight, rows * ex.topk_stride() * 4);
+  parts["inbox_scale"] = py::make_tuple(base + layout.inbox_scale, rows * ex.scale_stride() * 4);
+  parts["outbox"] = py::make_tuple(base + layout.outbox, rows * ex.row_bytes());
+  parts["outbox_weight"] = py::make_tuple(base + layout.outbox_weight, rows * ex.topk_stride() * 4);
+  return parts;
+}
+
+std::vector<void*> pointers(const std::vector<uintptr_t>& addresses) {
+  std::vector<void*> result(addresses.size());
+  std::transform(addresses.begin(), addresses.end(), result.begin(), pointer<void>);
+  return result;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "SM-partitioned all-to-all kernels of dualpipe_ext; pointers and sizes as integers.";
+  m.attr("HEADER_WORDS") = static_cast<int>(PlanLayout::kHeader);
   m.attr("FAULT_WORDS") = sizeof(Fault) / sizeof(int64_t);
 
   py::class_<Exchange>(m, "Exchange")
       .def(py::init(&make_exchange), py::kw_only(), py::arg("rank"), py::arg("ranks"),
            py::arg("device"), py::arg("hidden"), py::arg("element_bytes"), py::arg("experts"),
-           py::arg("topk"), py::arg("max_tokens"), py::arg("timeout"), py::arg("fault"),
-           py::arg("peers"))
+           py::arg("topk"), py::arg("max_tokens"), py::arg("max_rows"), py::arg("unique"),
+           py::arg("timeout"), py::arg("fault"), py::arg("peers"))
       .def_property_readonly("symmetric_bytes",
                              [](const Exchange& ex) { return SymmetricLayout(ex).bytes; })
       .def_property_readonly("plan_elements",
                              [](const Exchange& ex) { return PlanLayout(ex).elements; })
       .def("plan_parts", &plan_parts)
+      .def("channel_parts", &channel_parts)
       .def("plan",
-           [](const Exchange& ex, uintptr_t topk_idx, int tokens, uintptr_t plan, int sms,
+           [](const Exchange& ex, uintptr_t topk_idx, int tokens, uintptr_t plan, uintptr_t header,
+              int sms, uintptr_t stream) {
+             launch_plan(ex, {pointer<int32_t>(topk_idx), tokens, pointer<int32_t>(plan),
+                              pointer<int32_t>(header), sms, pointer<void>(stream)});
+           })
+      .def("stage",
+           [](const Exchange& ex, int channel, uintptr_t x, uintptr_t topk_weight, int tokens,
               uintptr_t stream) {
-             launch_plan(ex, {pointer<int32_t>(topk_idx), tokens, pointer<int32_t>(plan), sms,
-                              pointer<void>(stream)});
+             DispatchArgs args{};
+             args.channel = channel;
+             args.x = pointer<void>(x);
+             args.topk_weight = pointer<float>(topk_weight);
+             args.tokens = tokens;
+             args.stream = pointer<void>(stream);
+             launch_stage(ex, args);
            })
       .def("dispatch",
            [](const Exchange& ex, int channel, uintptr_t x, uintptr_t topk_weight, int tokens,
@@ -98,6 +136,35 @@ PYBIND11_MODULE(_C, m) {
              launch_dispatch(ex, {channel, pointer<void>(x), pointer<float>(topk_weight), tokens,
                                   pointer<int32_t>(plan), pointer<void>(rows),
                                   pointer<float>(row_weight), sms, pointer<void>(stream)});
+           })
+      .def("push",
+           [](const Exchange& ex, int channel, uintptr_t x, uintptr_t topk_weight, bool fp8,
+              int tokens, uintptr_t plan, int sms, uintptr_t stream) {
+             launch_push(ex, {channel, pointer<void>(x), pointer<float>(topk_weight), fp8, tokens,
+                              pointer<int32_t>(plan), sms, pointer<void>(stream)});
+           })
+      .def("pull",
+           [](const Exchange& ex, int channel, uintptr_t topk_idx, int tokens, uintptr_t plan,
+              uintptr_t y, uintptr_t topk_weight, int sms, uintptr_t stream) {
+             launch_pull(
+                 ex, {channel, pointer<int32_t>(topk_idx), tokens, pointer<int32_t>(plan),
+                      pointer<void>(y), pointer<float>(topk_weight), sms, pointer<void>(stream)});
+           })
+      .def("copy",
+           [](const Exchange& ex, int channel, bool combine, bool weights,
+              const std::vector<int64_t>& rows, const std::vector<uintptr_t>& copy_streams,
+              const std::vector<uintptr_t>& events, uintptr_t stream) {
+             const auto streams = pointers(copy_streams), ours = pointers(events);
+             launch_copy(ex, {channel, combine, weights, rows.data(), streams.data(), ours.data(),
+                              pointer<void>(stream)});
+           })
+      .def("wait_outbox",
+           [](const Exchange& ex, int channel, uintptr_t stream) {
+             launch_wait_outbox(ex, channel, pointer<void>(stream));
+           })
+      .def("push_ceiling",
+           [](const Exchange& ex, uintptr_t x, int tokens, int rows, int sms, uintptr_t stream) {
+             launch_push_ceiling(ex, pointer<void>(x), tokens, rows, sms, pointer<void>(stream));
            })
       .def("combine", [](const Exchange& ex, int channel, uintptr_t rows, uintptr_t row_weight,
                          uintptr_t topk_idx, int tokens, uintptr_t plan, uintptr_t y,

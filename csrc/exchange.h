@@ -31,22 +31,26 @@ enum Operation {
 };
 
 // What a wait was for, in a fault report.
-enum Phase { kBuffersFree = 1, kDataReady = 2 };
+enum Phase { kBuffersFree = 1, kDataReady = 2, kArrived = 3 };
 
-// Written once by the first wait that gives up, read by the host; lives in pinned host memory.
+// What kernels report to the host; lives in pinned host memory.
 struct Fault {
-  int64_t raised;
+  int64_t raised;  // by the first wait that gives up
   int64_t operation, phase, peer;
   int64_t expected, seen;
+  int64_t rows_needed;                                       // the most, if above max_rows
+  int64_t bad_index, bad_rank, bad_token, bad_k, bad_value;  // of a plan under max_rows
 };
 
 // One operation's signals in a rank's symmetric buffer. Flags hold epochs, so nothing is ever
 // reset.
 struct Signals {
   uint64_t ready[kMaxRanks];  // [source] raised by that rank: its data can be read
-  uint64_t done[kMaxRanks];   // [source] raised by that rank: it no longer needs my data or buffer
-  uint64_t epoch;             // local: operations finished
-  uint32_t arrived;           // local: CTAs or warps finished in this operation
+  // [source] raised by that rank. Pulled data: it no longer reads mine, raised at the end. Pushed
+  // data: it has begun this epoch, so its inbox is free, raised at the start.
+  uint64_t done[kMaxRanks];
+  uint64_t epoch;    // local: operations finished
+  uint32_t arrived;  // local: CTAs or warps finished in this operation
   uint32_t padding[13];
 };
 
@@ -54,6 +58,8 @@ struct Exchange {
   int rank, ranks, device;
   int hidden, element_bytes;  // bf16 2, fp32 4
   int experts, topk, max_tokens;
+  int max_rows;  // R may not exceed it; 0: the host sizes what receives the rows
+  int unique;    // the form: 1 if rows cross as unique rows a rank, 0 in expert order
   int64_t timeout_ns;
   Fault* fault;
   char* peer[kMaxRanks];  // every rank's symmetric buffer, mapped here
@@ -62,6 +68,9 @@ struct Exchange {
   DUALPIPE_HD int row_bytes() const { return hidden * element_bytes; }
   // K padded to 16 bytes, so that the bulk copy engine can fetch a token's routes.
   DUALPIPE_HD int topk_stride() const { return (topk + 3) / 4 * 4; }
+  DUALPIPE_HD int rank_stride() const { return (ranks + 3) / 4 * 4; }
+  // fp32 scales of an fp8 row, one for 128 columns, padded to 16 bytes.
+  DUALPIPE_HD int scale_stride() const { return ((hidden + 127) / 128 + 3) / 4 * 4; }
   // Partial sums that other ranks can send for one token.
   DUALPIPE_HD int partials() const { return topk < ranks - 1 ? topk : ranks - 1; }
   DUALPIPE_HD int plan_chunks() const { return (max_tokens + kPlanChunk - 1) / kPlanChunk; }
@@ -70,10 +79,15 @@ struct Exchange {
 DUALPIPE_HD int64_t align_up(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
 // The symmetric buffer, as offsets in bytes, the same on every rank:
-//   signals | abort flag | routing [P][4 + T·K] | two channels of x, weights, partials, flags
+//   signals | abort flag | routing [P][4 + T·K] | two channels
+// A channel of an exchange in expert order holds x, weights, partials, flags; one of unique rows
+// an inbox that other ranks write and an outbox that they read.
 struct SymmetricLayout {
   int64_t signals, abort, routing, routing_stride;
   int64_t channel, channel_stride;  // the rest is relative to a channel's start
+  // Unique rows, by the rank that the token belongs to: [P][T][H], [P][T][topk_stride] fp32,
+  // [P][T][scale_stride] fp32 for fp8 rows, which lie one behind the other in the inbox.
+  int64_t inbox, inbox_weight, inbox_scale, outbox, outbox_weight;
   int64_t x, weight;                // what dispatch pulls: [T][H], [T][topk_stride] fp32
   int64_t partial, partial_weight;  // what combine receives: [T][partials][H], [T][K] fp32
   int64_t partial_ready;            // [P][T] uint64: the epoch of that rank's partial of a token
@@ -82,15 +96,21 @@ struct SymmetricLayout {
   DUALPIPE_HD explicit SymmetricLayout(const Exchange& ex) {
     const int64_t tokens = ex.max_tokens;
     // Alone, nothing is handed over; only the weights still need their padded stride.
-    const int64_t handed = ex.ranks > 1 ? tokens : 0;
+    const int64_t handed = ex.ranks > 1 && !ex.unique ? tokens : 0;
+    const int64_t boxed = ex.unique ? tokens * ex.ranks : 0;
     signals = 0;
     abort = align_up(sizeof(Signals) * kOperations);
     routing = abort + 128;
     routing_stride = align_up(16 + tokens * ex.topk * 4);
     channel = routing + routing_stride * ex.ranks;
-    x = 0;
+    inbox = 0;
+    inbox_weight = inbox + align_up(boxed * ex.row_bytes());
+    inbox_scale = inbox_weight + align_up(boxed * ex.topk_stride() * 4);
+    outbox = inbox_scale + align_up(boxed * ex.scale_stride() * 4);
+    outbox_weight = outbox + align_up(boxed * ex.row_bytes());
+    x = outbox_weight + align_up(boxed * ex.topk_stride() * 4);
     weight = x + align_up(handed * ex.row_bytes());
-    partial = weight + align_up(tokens * ex.topk_stride() * 4);
+    partial = weight + align_up((ex.unique ? 0 : tokens) * ex.topk_stride() * 4);
     partial_weight = partial + align_up(handed * ex.partials() * ex.row_bytes());
     partial_ready = partial_weight + align_up(handed * ex.topk * 4);
     channel_stride = partial_ready + align_up(handed * ex.ranks * 8);
@@ -103,13 +123,19 @@ struct PlanLayout {
   int64_t slots;              // [P][max_tokens][topk_stride] row here, or −1
   int64_t token_ranks;        // [P][max_tokens] bit q: the token goes to rank q
   int64_t arrivals;           // [P][max_tokens] the tokens of a source that come here, compacted
+  int64_t expert_rows;        // [P][max_tokens][topk_stride] the slots of these, in this order
+  int64_t send_rows;          // [max_tokens][rank_stride] place in the arrivals of each rank, or −1
   int64_t arrival_counts;     // [P]
   int64_t source_tokens;      // [P] T of each rank
   int64_t expert_offsets;     // [L + 1]
   int64_t tokens_per_expert;  // [L]
-  int64_t header;             // R, then the first bad index: found, rank, token, k, value
-  int64_t chunk_counts;       // [P][chunks][L + 2]: rows an expert, arrivals, first bad entry + 1
+  int64_t chunk_counts;       // [P][chunks][bins]: rows an expert, tokens a rank, first bad entry
   int64_t elements;
+
+  // What the host reads: R, the first bad index (found, rank, token, k, value), then the tokens
+  // sent to each rank, and received from each.
+  static constexpr int kHeader = 6 + 2 * kMaxRanks;
+  DUALPIPE_HD static int bins(const Exchange& ex) { return ex.local_experts() + ex.ranks + 1; }
 
   DUALPIPE_HD explicit PlanLayout(const Exchange& ex) {
     const int64_t tokens = static_cast<int64_t>(ex.ranks) * ex.max_tokens;
@@ -117,14 +143,15 @@ struct PlanLayout {
     slots = 0;
     token_ranks = align_up(slots + tokens * ex.topk_stride());
     arrivals = align_up(token_ranks + tokens);
-    arrival_counts = align_up(arrivals + tokens);
+    expert_rows = align_up(arrivals + tokens);
+    send_rows = align_up(expert_rows + tokens * ex.topk_stride());
+    arrival_counts = align_up(send_rows + static_cast<int64_t>(ex.max_tokens) * ex.rank_stride());
     source_tokens = align_up(arrival_counts + ex.ranks);
     expert_offsets = align_up(source_tokens + ex.ranks);
     tokens_per_expert = align_up(expert_offsets + local_experts + 1);
-    header = align_up(tokens_per_expert + local_experts);
-    chunk_counts = align_up(header + 6);
-    elements = align_up(chunk_counts +
-                        static_cast<int64_t>(ex.ranks) * ex.plan_chunks() * (local_experts + 2));
+    chunk_counts = align_up(tokens_per_expert + local_experts);
+    elements =
+        align_up(chunk_counts + static_cast<int64_t>(ex.ranks) * ex.plan_chunks() * bins(ex));
   }
 };
 
@@ -133,6 +160,7 @@ struct PlanArgs {
   const int32_t* topk_idx;  // [T][K]
   int tokens;
   int32_t* plan;
+  int32_t* header;  // [PlanLayout::kHeader], may be pinned host memory
   int sms;
   void* stream;
 };
@@ -162,9 +190,54 @@ struct CombineArgs {
   void* stream;
 };
 
+// Unique rows: x to the inboxes of the ranks that it goes to.
+struct PushArgs {
+  int channel;
+  const void* x;             // [T][H]
+  const float* topk_weight;  // [T][topk_stride]; null without weights, or without tokens
+  bool fp8;                  // quantise the bf16 rows
+  int tokens;
+  const int32_t* plan;
+  int sms;
+  void* stream;
+};
+
+// Unique rows: the sums that every rank has put into its outbox, to their tokens.
+struct PullArgs {
+  int channel;
+  const int32_t* topk_idx;  // [T][K]
+  int tokens;
+  const int32_t* plan;
+  void* y;             // [T][H]
+  float* topk_weight;  // [T][K] from the outboxes; null without weights, or without tokens
+  int sms;
+  void* stream;
+};
+
+// Unique rows by copy engine, from this rank's outbox to the inboxes.
+struct CopyArgs {
+  int channel;
+  bool combine;  // this is a combine, else a dispatch
+  bool weights;
+  const int64_t* rows;        // [P] how many for each rank; on the host, as the rest
+  void* const* copy_streams;  // [P] one for each rank
+  void* const* events;        // [P + 1] of ours, to order the streams
+  void* stream;
+};
+
 void launch_plan(const Exchange& ex, const PlanArgs& args);
+// Puts x and the weights where peers can pull them; to be followed by the dispatch itself.
+void launch_stage(const Exchange& ex, const DispatchArgs& args);
 void launch_dispatch(const Exchange& ex, const DispatchArgs& args);
 void launch_combine(const Exchange& ex, const CombineArgs& args);
+void launch_push(const Exchange& ex, const PushArgs& args);
+void launch_pull(const Exchange& ex, const PullArgs& args);
+void launch_copy(const Exchange& ex, const CopyArgs& args);
+// Before this rank writes its outbox: until everybody has pulled what it held.
+void launch_wait_outbox(const Exchange& ex, int channel, void* stream);
+// What the link gives: `rows` rows of `x` [tokens][H] to the inbox of each other rank, no signals.
+void launch_push_ceiling(const Exchange& ex, const void* x, int tokens, int rows, int sms,
+                         void* stream);
 
 // Throws std::runtime_error that names the call; nothing for cudaSuccess.
 void check_cuda(int code, const char* call);

@@ -13,25 +13,31 @@
 namespace dualpipe {
 namespace {
 
-constexpr int kCountThreads = 512;
+constexpr int kCountGroups = 8;  // chunks that a CTA counts at a time, a thread a token
+constexpr int kCountThreads = kCountGroups * kPlanChunk;
+constexpr int kRoutesAhead = 8;  // loads in flight a thread
 constexpr int kAssignThreads = 1024;
+constexpr int kAssignBytes = 96 * 1024;  // a batch of chunks in shared memory
 constexpr uint32_t kAllLanes = 0xffffffff;
 
 struct Plan {
-  int32_t *slots, *token_ranks, *arrivals, *arrival_counts, *source_tokens;
-  int32_t *expert_offsets, *tokens_per_expert, *header, *chunk_counts;
+  int32_t *slots, *token_ranks, *arrivals, *expert_rows, *send_rows, *arrival_counts;
+  int32_t *source_tokens, *expert_offsets, *tokens_per_expert, *chunk_counts;
+  int bins;
 
   __device__ Plan(const Exchange& ex, int32_t* base) {
     const PlanLayout layout(ex);
     slots = base + layout.slots;
     token_ranks = base + layout.token_ranks;
     arrivals = base + layout.arrivals;
+    expert_rows = base + layout.expert_rows;
+    send_rows = base + layout.send_rows;
     arrival_counts = base + layout.arrival_counts;
     source_tokens = base + layout.source_tokens;
     expert_offsets = base + layout.expert_offsets;
     tokens_per_expert = base + layout.tokens_per_expert;
-    header = base + layout.header;
     chunk_counts = base + layout.chunk_counts;
+    bins = PlanLayout::bins(ex);
   }
 };
 
@@ -58,43 +64,39 @@ __device__ void push_routing(const Exchange& ex, const PlanArgs& args) {
   }
 }
 
-// Chunk `chunk` of source `source`: rows for each local expert, arriving tokens, first bad entry.
-__device__ void count_chunk(const Exchange& ex, const Plan& plan, int source, int chunk,
+// One thread counts its token: the ranks it goes to, and into `counts` [bins] of its chunk.
+__device__ void count_token(const Exchange& ex, const Plan& plan, int source, int token,
                             int32_t* counts) {
   const int local_experts = ex.local_experts(), first_expert = ex.rank * local_experts;
-  const int bins = local_experts + 2;
-  const int32_t* routing = routing_of(ex, ex.rank, source);
-  const int tokens = *reinterpret_cast<volatile int32_t*>(const_cast<int32_t*>(routing));
-  const int begin = chunk * kPlanChunk, end = min(begin + kPlanChunk, tokens);
-  for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) {
-    counts[bin] = bin == bins - 1 ? INT32_MAX : 0;
-  }
-  __syncthreads();
-  for (int t = begin + threadIdx.x; t < end; t += blockDim.x) {
-    uint32_t ranks = 0;
-    for (int k = 0; k < ex.topk; ++k) {
-      const int expert = __ldcg(routing + 4 + t * ex.topk + k);
+  const int32_t* routes = routing_of(ex, ex.rank, source) + 4 + token * ex.topk;
+  uint32_t ranks = 0;
+  for (int first = 0; first < ex.topk; first += kRoutesAhead) {
+    int32_t experts[kRoutesAhead];
+#pragma unroll
+    for (int i = 0; i < kRoutesAhead; ++i) {
+      experts[i] = first + i < ex.topk ? __ldcg(routes + first + i) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kRoutesAhead; ++i) {
+      const int expert = experts[i];
       if (expert < -1 || expert >= ex.experts) {
-        atomicMin(&counts[bins - 1], t * ex.topk + k);
+        atomicMin(&counts[plan.bins - 1], token * ex.topk + first + i);
       } else if (expert >= 0) {
         ranks |= 1u << (expert / local_experts);
         const int local = expert - first_expert;
         if (local >= 0 && local < local_experts) atomicAdd(&counts[local], 1);
       }
     }
-    plan.token_ranks[source * ex.max_tokens + t] = ranks;
-    if (ranks >> ex.rank & 1) atomicAdd(&counts[local_experts], 1);
   }
-  __syncthreads();
-  int32_t* target = plan.chunk_counts + (source * ex.plan_chunks() + chunk) * bins;
-  for (int bin = threadIdx.x; bin < bins; bin += blockDim.x) target[bin] = counts[bin];
-  if (chunk == 0 && threadIdx.x == 0) plan.source_tokens[source] = tokens;
-  __syncthreads();
+  plan.token_ranks[source * ex.max_tokens + token] = ranks;
+  for (uint32_t left = ranks; left != 0; left &= left - 1) {
+    atomicAdd(&counts[local_experts + __ffs(left) - 1], 1);
+  }
 }
 
 __global__ void __launch_bounds__(kCountThreads)
     gather_and_count(const __grid_constant__ Exchange ex, const __grid_constant__ PlanArgs args) {
-  __shared__ int32_t counts[kMaxLocalExperts + 2];
+  __shared__ int32_t counts[kCountGroups][kMaxLocalExperts + kMaxRanks + 1];
   __shared__ bool ok, last;
   const uint64_t epoch = current_epoch(ex, kPlan);
   const bool first_warp = threadIdx.x < 32;
@@ -116,21 +118,31 @@ __global__ void __launch_bounds__(kCountThreads)
   __syncthreads();
   if (last && first_warp) signal_ready(ex, kPlan, epoch);
 
+  // Several chunks at a time, a thread a token; this rank's own come first.
   const Plan plan(ex, args.plan);
-  const int chunks = ex.plan_chunks();
-  int waited_for = -1;
-  for (int i = blockIdx.x; i < ex.ranks * chunks; i += gridDim.x) {
-    const int source = (ex.rank + i / chunks) % ex.ranks;
-    if (source != waited_for) {
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        ok = wait_for(ex, &mine->ready[source], epoch, kPlan, kDataReady, source);
-      }
-      __syncthreads();
-      if (!ok) return;
-      waited_for = source;
+  const int chunks = ex.plan_chunks(), all = ex.ranks * chunks;
+  const int group = threadIdx.x / kPlanChunk, member = threadIdx.x % kPlanChunk;
+  for (int base = blockIdx.x * kCountGroups; base < all; base += gridDim.x * kCountGroups) {
+    const int i = base + group;
+    const int source = (ex.rank + i / chunks) % ex.ranks, chunk = i % chunks;
+    bool ready = true;
+    if (member == 0 && i < all) {
+      ready = wait_for(ex, &mine->ready[source], epoch, kPlan, kDataReady, source);
     }
-    count_chunk(ex, plan, source, i % chunks, counts);
+    if (!__syncthreads_and(ready)) return;
+    for (int bin = member; bin < plan.bins; bin += kPlanChunk) {
+      counts[group][bin] = bin == plan.bins - 1 ? INT32_MAX : 0;
+    }
+    const int tokens = i < all ? __ldcg(routing_of(ex, ex.rank, source)) : 0;
+    __syncthreads();
+    const int token = chunk * kPlanChunk + member;
+    if (token < tokens) count_token(ex, plan, source, token, counts[group]);
+    __syncthreads();
+    if (i < all) {
+      int32_t* target = plan.chunk_counts + (source * chunks + chunk) * plan.bins;
+      for (int bin = member; bin < plan.bins; bin += kPlanChunk) target[bin] = counts[group][bin];
+      if (chunk == 0 && member == 0) plan.source_tokens[source] = tokens;
+    }
   }
 }
 
@@ -153,22 +165,31 @@ __device__ void scan_offsets(const int32_t* totals, int32_t* offsets, int local_
   if (lane == 0) offsets[local_experts] = running;
 }
 
-// CTA 0: what the host and the GEMMs read.
-__device__ void write_summary(const Exchange& ex, const Plan& plan, const int32_t* totals,
-                              const int32_t* offsets) {
-  const int local_experts = ex.local_experts(), bins = local_experts + 2;
+// CTA 0: what the host and the GEMMs read. Rows past max_rows are cut off, and reported.
+__device__ void write_summary(const Exchange& ex, const Plan& plan, volatile int32_t* header,
+                              const int32_t* totals, const int32_t* offsets) {
+  const int local_experts = ex.local_experts(), bins = plan.bins;
   const int chunks = ex.plan_chunks(), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int limit = ex.max_rows > 0 ? ex.max_rows : INT32_MAX;
   for (int e = threadIdx.x; e <= local_experts; e += blockDim.x) {
-    plan.expert_offsets[e] = offsets[e];
-    if (e < local_experts) plan.tokens_per_expert[e] = totals[e];
-  }
-  if (warp < ex.ranks) {
-    int arrivals = 0;
-    for (int c = lane; c < chunks; c += 32) {
-      arrivals += plan.chunk_counts[(warp * chunks + c) * bins + local_experts];
+    plan.expert_offsets[e] = min(offsets[e], limit);
+    if (e < local_experts) {
+      plan.tokens_per_expert[e] = min(totals[e], max(0, limit - offsets[e]));
     }
-    arrivals = __reduce_add_sync(kAllLanes, arrivals);
-    if (lane == 0) plan.arrival_counts[warp] = arrivals;
+  }
+  if (warp < ex.ranks) {  // tokens that come from this rank, and tokens that go to it
+    int received = 0, sent = 0;
+    for (int c = lane; c < chunks; c += 32) {
+      received += plan.chunk_counts[(warp * chunks + c) * bins + local_experts + ex.rank];
+      sent += plan.chunk_counts[(ex.rank * chunks + c) * bins + local_experts + warp];
+    }
+    received = __reduce_add_sync(kAllLanes, received);
+    sent = __reduce_add_sync(kAllLanes, sent);
+    if (lane == 0) {
+      plan.arrival_counts[warp] = received;
+      header[6 + warp] = sent;
+      header[6 + kMaxRanks + warp] = received;
+    }
   }
   if (warp == kMaxRanks) {
     int first_bad = INT32_MAX;
@@ -177,15 +198,27 @@ __device__ void write_summary(const Exchange& ex, const Plan& plan, const int32_
     }
     first_bad = __reduce_min_sync(kAllLanes, first_bad);
     if (lane == 0) {
-      plan.header[0] = offsets[local_experts];
-      plan.header[1] = first_bad != INT32_MAX;
+      const int rows = offsets[local_experts];
+      header[0] = rows;
+      header[1] = first_bad != INT32_MAX;
+      volatile Fault* fault = ex.fault;
+      if (rows > limit && fault->rows_needed < rows) fault->rows_needed = rows;
       if (first_bad != INT32_MAX) {
         const int source = first_bad / chunks;
         const int entry = plan.chunk_counts[first_bad * bins + bins - 1];
-        plan.header[2] = source;
-        plan.header[3] = entry / ex.topk;
-        plan.header[4] = entry % ex.topk;
-        plan.header[5] = routing_of(ex, ex.rank, source)[4 + entry];
+        const int value = routing_of(ex, ex.rank, source)[4 + entry];
+        header[2] = source;
+        header[3] = entry / ex.topk;
+        header[4] = entry % ex.topk;
+        header[5] = value;
+        if (ex.max_rows > 0) {  // nobody reads the header then
+          fault->bad_rank = source;
+          fault->bad_token = entry / ex.topk;
+          fault->bad_k = entry % ex.topk;
+          fault->bad_value = value;
+          __threadfence_system();
+          fault->bad_index = 1;
+        }
       }
     }
   }
@@ -194,7 +227,7 @@ __device__ void write_summary(const Exchange& ex, const Plan& plan, const int32_
 // Totals of all chunks, and of those before chunk `first`, for every expert.
 __device__ void sum_chunks(const Exchange& ex, const Plan& plan, int first, int32_t* totals,
                            int32_t* before) {
-  const int local_experts = ex.local_experts(), bins = local_experts + 2;
+  const int local_experts = ex.local_experts();
   const int chunks = ex.ranks * ex.plan_chunks();
   for (int e = threadIdx.x; e < local_experts; e += blockDim.x) totals[e] = before[e] = 0;
   __syncthreads();
@@ -206,7 +239,7 @@ __device__ void sum_chunks(const Exchange& ex, const Plan& plan, int first, int3
       int total = 0, earlier = 0;
 #pragma unroll 4
       for (int c = stripe; c < chunks; c += stripes) {
-        const int rows = plan.chunk_counts[c * bins + e];
+        const int rows = plan.chunk_counts[c * plan.bins + e];
         total += rows;
         if (c < first) earlier += rows;
       }
@@ -217,88 +250,190 @@ __device__ void sum_chunks(const Exchange& ex, const Plan& plan, int first, int3
   __syncthreads();
 }
 
-// One warp an expert walks the chunk's routes 32 at a time; the ballot ranks them.
-__device__ void rank_routes(const int16_t* local_expert, int routes, int local_experts,
-                            const int32_t* offsets, int32_t* before, int32_t* slots) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  for (int e = warp; e < local_experts; e += warps) {
-    int next = offsets[e] + before[e];
-    const int first_row = next;
-    for (int first = 0; first < routes; first += 32) {
-      const int route = first + lane;
-      const bool match = route < routes && local_expert[route] == e;
-      const uint32_t matches = __ballot_sync(kAllLanes, match);
-      if (match) slots[route] = next + __popc(matches & ((1u << lane) - 1));
+// A batch of chunks in shared memory.
+struct Batch {
+  int chunks;        // that it has room for
+  int32_t* slots;    // [chunks][kPlanChunk * K]
+  int32_t* next;     // [chunks][L] the first row of each expert
+  int32_t* arrival;  // [chunks][kPlanChunk] a token's place in the arrivals, or −1
+  int16_t* experts;  // [chunks][kPlanChunk * K] local expert, or −1
+
+  DUALPIPE_HD static int chunk_bytes(const Exchange& ex) {
+    return kPlanChunk * ex.topk * 6 + kPlanChunk * 4 + ex.local_experts() * 4;
+  }
+  __device__ Batch(const Exchange& ex, char* shared) {
+    chunks = kAssignBytes / chunk_bytes(ex);
+    slots = reinterpret_cast<int32_t*>(shared);
+    next = slots + chunks * kPlanChunk * ex.topk;
+    arrival = next + chunks * ex.local_experts();
+    experts = reinterpret_cast<int16_t*>(arrival + chunks * kPlanChunk);
+  }
+};
+
+// One warp walks a chunk's routes to one expert 32 at a time; the ballot ranks them.
+__device__ void rank_routes(const int16_t* experts, int routes, int expert, int next,
+                            int32_t* slots) {
+  constexpr int kAhead = 4;  // loads in flight
+  const int lane = threadIdx.x % 32;
+  for (int first = 0; first < routes; first += kAhead * 32) {
+    bool match[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int route = first + i * 32 + lane;
+      match[i] = route < routes && experts[route] == expert;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const uint32_t matches = __ballot_sync(kAllLanes, match[i]);
+      if (match[i]) slots[first + i * 32 + lane] = next + __popc(matches & ((1u << lane) - 1));
       next += __popc(matches);
     }
-    if (lane == 0) before[e] += next - first_row;
   }
 }
 
-// One warp lists the chunk's tokens that come here, behind those of the source's earlier chunks.
-__device__ void list_arrivals(const Exchange& ex, const Plan& plan, int source, int chunk,
-                              int begin, int end) {
+// One warp numbers a chunk's tokens that go to rank `target`, behind those of the source's earlier
+// chunks: write(token of the chunk, its number, or −1 if it does not go there).
+template <typename Write>
+__device__ void number_tokens(const Exchange& ex, const Plan& plan, int source, int chunk,
+                              int target, int tokens, const Write& write) {
   const int lane = threadIdx.x % 32;
-  const int local_experts = ex.local_experts(), bins = local_experts + 2;
-  const int32_t* counts = plan.chunk_counts + source * ex.plan_chunks() * bins + local_experts;
+  uint32_t ranks[kPlanChunk / 32];
+#pragma unroll
+  for (int i = 0; i < kPlanChunk / 32; ++i) {
+    const int t = i * 32 + lane;
+    ranks[i] = t < tokens ? plan.token_ranks[source * ex.max_tokens + chunk * kPlanChunk + t] : 0;
+  }
+  const int32_t* counts =
+      plan.chunk_counts + source * ex.plan_chunks() * plan.bins + ex.local_experts() + target;
   int next = 0;
-  for (int c = lane; c < chunk; c += 32) next += counts[c * bins];
+  for (int c = lane; c < chunk; c += 32) next += counts[c * plan.bins];
   next = __reduce_add_sync(kAllLanes, next);
-  int32_t* arrivals = plan.arrivals + source * ex.max_tokens;
-  for (int first = begin; first < end; first += 32) {
-    const int t = first + lane;
-    const bool here = t < end && (plan.token_ranks[source * ex.max_tokens + t] >> ex.rank & 1) != 0;
-    const uint32_t matches = __ballot_sync(kAllLanes, here);
-    if (here) arrivals[next + __popc(matches & ((1u << lane) - 1))] = t;
+#pragma unroll
+  for (int i = 0; i < kPlanChunk / 32; ++i) {
+    const bool goes = (ranks[i] >> target & 1) != 0;
+    const uint32_t matches = __ballot_sync(kAllLanes, goes);
+    if (i * 32 + lane < tokens) {
+      write(i * 32 + lane, goes ? next + __popc(matches & ((1u << lane) - 1)) : -1);
+    }
     next += __popc(matches);
   }
 }
 
+// Give the routes of chunks [first, first + count) their rows. `before` counts each expert's rows
+// in earlier chunks, and is advanced.
+__device__ void assign_batch(const Exchange& ex, const Plan& plan, const Batch& batch, int first,
+                             int count, const int32_t* offsets, int32_t* before) {
+  const int local_experts = ex.local_experts(), first_expert = ex.rank * local_experts;
+  const int stride = ex.topk_stride(), chunks_per_rank = ex.plan_chunks();
+  const int chunk_routes = kPlanChunk * ex.topk;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const auto tokens_of = [&](int i) {
+    const int begin = (first + i) % chunks_per_rank * kPlanChunk;
+    return max(0, min(kPlanChunk, plan.source_tokens[(first + i) / chunks_per_rank] - begin));
+  };
+
+  const int group = threadIdx.x / kPlanChunk, groups = blockDim.x / kPlanChunk;
+  const int member = threadIdx.x % kPlanChunk;
+  for (int i = group; i < count; i += groups) {
+    const int begin = (first + i) % chunks_per_rank * kPlanChunk;
+    const int32_t* routing = routing_of(ex, ex.rank, (first + i) / chunks_per_rank) + 4;
+    const int routes = tokens_of(i) * ex.topk;
+#pragma unroll 8
+    for (int r = member; r < chunk_routes; r += kPlanChunk) {
+      const int local = r < routes ? __ldcg(routing + begin * ex.topk + r) - first_expert : -1;
+      batch.experts[i * chunk_routes + r] = local >= 0 && local < local_experts ? local : -1;
+      batch.slots[i * chunk_routes + r] = -1;
+    }
+  }
+  for (int n = threadIdx.x; n < count * local_experts; n += blockDim.x) {
+    const int i = n / local_experts, e = n % local_experts;
+    batch.next[n] = plan.chunk_counts[(first + i) * plan.bins + e];
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < local_experts; e += blockDim.x) {
+    int next = before[e];
+    for (int i = 0; i < count; ++i) {
+      const int rows = batch.next[i * local_experts + e];
+      batch.next[i * local_experts + e] = next + offsets[e];
+      next += rows;
+    }
+    before[e] = next;
+  }
+  __syncthreads();
+
+  // A warp takes one expert of a chunk at a time, or its arrivals, or the tokens it sends to a
+  // rank.
+  const int units = local_experts + 1 + ex.ranks;
+  for (int unit = warp; unit < count * units; unit += warps) {
+    const int i = unit / units, which = unit % units;
+    const int source = (first + i) / chunks_per_rank, chunk = (first + i) % chunks_per_rank;
+    const int tokens = tokens_of(i), begin = chunk * kPlanChunk;
+    if (which < local_experts) {
+      rank_routes(batch.experts + i * chunk_routes, tokens * ex.topk, which,
+                  batch.next[i * local_experts + which], batch.slots + i * chunk_routes);
+    } else if (which == local_experts) {
+      int32_t* arrivals = plan.arrivals + source * ex.max_tokens;
+      number_tokens(ex, plan, source, chunk, ex.rank, tokens, [&](int t, int number) {
+        batch.arrival[i * kPlanChunk + t] = number;
+        if (number >= 0) arrivals[number] = begin + t;
+      });
+    } else if (source == ex.rank) {
+      const int target = which - local_experts - 1;
+      number_tokens(ex, plan, source, chunk, target, tokens, [&](int t, int number) {
+        plan.send_rows[(begin + t) * ex.rank_stride() + target] = number;
+      });
+    }
+  }
+  __syncthreads();
+
+  // A thread a token, in units of 16 bytes.
+  const int limit = ex.max_rows > 0 ? ex.max_rows : INT32_MAX;
+  for (int i = group; i < count; i += groups) {
+    const int64_t source_row = static_cast<int64_t>((first + i) / chunks_per_rank) * ex.max_tokens;
+    const int token = (first + i) % chunks_per_rank * kPlanChunk + member;
+    if (token >= ex.max_tokens) continue;
+    const bool sent = member < tokens_of(i);
+    const int arrival = sent ? batch.arrival[i * kPlanChunk + member] : -1;
+    const int32_t* found = batch.slots + i * chunk_routes + member * ex.topk;
+    for (int first_k = 0; first_k < stride; first_k += 4) {
+      int32_t row[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        row[j] = sent && first_k + j < ex.topk ? found[first_k + j] : -1;
+        if (row[j] >= limit) row[j] = -1;
+      }
+      const uint4 rows = make_uint4(row[0], row[1], row[2], row[3]);
+      store_16(plan.slots + (source_row + token) * stride + first_k, rows);
+      if (arrival >= 0) {
+        store_16(plan.expert_rows + (source_row + arrival) * stride + first_k, rows);
+      }
+    }
+  }
+  __syncthreads();
+}
+
 __global__ void __launch_bounds__(kAssignThreads, 1)
     assign(const __grid_constant__ Exchange ex, const __grid_constant__ PlanArgs args) {
+  extern __shared__ __align__(16) char shared[];
   __shared__ int32_t totals[kMaxLocalExperts], before[kMaxLocalExperts];
   __shared__ int32_t offsets[kMaxLocalExperts + 1];
-  __shared__ int16_t local_expert[kPlanChunk * kMaxTopk];
-  __shared__ int32_t slots[kPlanChunk * kMaxTopk];
   if (__syncthreads_or(aborted(ex))) return;
   const uint64_t epoch = current_epoch(ex, kPlan);
   const Plan plan(ex, args.plan);
-  const int local_experts = ex.local_experts(), stride = ex.topk_stride();
-  const int chunks_per_rank = ex.plan_chunks(), chunks = ex.ranks * chunks_per_rank;
+  const int chunks = ex.ranks * ex.plan_chunks();
   const int first = static_cast<int64_t>(blockIdx.x) * chunks / gridDim.x;
   const int last = static_cast<int64_t>(blockIdx.x + 1) * chunks / gridDim.x;
 
   sum_chunks(ex, plan, first, totals, before);
-  if (threadIdx.x < 32) scan_offsets(totals, offsets, local_experts);
+  if (threadIdx.x < 32) scan_offsets(totals, offsets, ex.local_experts());
   __syncthreads();
-  if (blockIdx.x == 0) write_summary(ex, plan, totals, offsets);
+  if (blockIdx.x == 0) write_summary(ex, plan, args.header, totals, offsets);
 
-  for (int i = first; i < last; ++i) {
-    const int source = i / chunks_per_rank, chunk = i % chunks_per_rank;
-    const int32_t* routing = routing_of(ex, ex.rank, source);
-    const int begin = chunk * kPlanChunk;
-    const int end = min(begin + kPlanChunk, plan.source_tokens[source]);
-    const int routes = max(0, end - begin) * ex.topk;
-    for (int r = threadIdx.x; r < routes; r += blockDim.x) {
-      const int local = routing[4 + begin * ex.topk + r] - ex.rank * local_experts;
-      local_expert[r] = local >= 0 && local < local_experts ? local : -1;
-      slots[r] = -1;
-    }
-    __syncthreads();
-    rank_routes(local_expert, routes, local_experts, offsets, before, slots);
-    if (threadIdx.x / 32 == blockDim.x / 32 - 1) {
-      list_arrivals(ex, plan, source, chunk, begin, end);
-    }
-    __syncthreads();
-    const int capacity = min(kPlanChunk, ex.max_tokens - begin);
-    int32_t* target = plan.slots + (static_cast<int64_t>(source) * ex.max_tokens + begin) * stride;
-    for (int s = threadIdx.x; s < capacity * stride; s += blockDim.x) {
-      const int t = s / stride, k = s % stride;
-      const int route = t * ex.topk + k;
-      target[s] = k < ex.topk && route < routes ? slots[route] : -1;
-    }
-    __syncthreads();
+  const Batch batch(ex, shared);
+  for (int i = first; i < last; i += batch.chunks) {
+    assign_batch(ex, plan, batch, i, min(batch.chunks, last - i), offsets, before);
   }
+  __syncthreads();
   if (threadIdx.x == 0) finish_operation(ex, kPlan, epoch, gridDim.x);
 }
 
@@ -309,7 +444,10 @@ void launch_plan(const Exchange& ex, const PlanArgs& args) {
   const auto stream = static_cast<cudaStream_t>(args.stream);
   gather_and_count<<<args.sms, kCountThreads, 0, stream>>>(ex, args);
   check_cuda(cudaGetLastError(), "gather_and_count");
-  assign<<<args.sms, kAssignThreads, 0, stream>>>(ex, args);
+  check_cuda(
+      cudaFuncSetAttribute(assign, cudaFuncAttributeMaxDynamicSharedMemorySize, kAssignBytes),
+      "cudaFuncSetAttribute");
+  assign<<<args.sms, kAssignThreads, kAssignBytes, stream>>>(ex, args);
   check_cuda(cudaGetLastError(), "assign");
 }
 

@@ -1,6 +1,6 @@
 """Errors that only this package raises. Bad arguments raise ValueError, TypeError or IndexError."""
 
-__all__ = ["DualPipeError", "ExchangeClosedError", "PeerTimeoutError"]
+__all__ = ["DualPipeError", "ExchangeClosedError", "PeerTimeoutError", "RowsOverflowError"]
 
 
 class DualPipeError(RuntimeError):
@@ -9,6 +9,25 @@ class DualPipeError(RuntimeError):
 
 class ExchangeClosedError(DualPipeError):
     """An exchange or its peer memory was used after `close()`."""
+
+
+class RowsOverflowError(DualPipeError):
+    """More rows came to a rank than its exchange's ``max_rows`` holds; the results are wrong.
+
+    Attributes: rank (whose rows), needed (rows in expert order, alignment included), max_rows.
+    """
+
+    def __init__(self, *, rank: int, needed: int, max_rows: int) -> None:
+        super().__init__(
+            f"rank {rank} received {needed} rows in expert order, but max_rows={max_rows}: results "
+            f"since then are wrong. Make the Exchange with max_rows={needed} or more, or without."
+        )
+        self.rank = rank
+        self.needed = needed
+        self.max_rows = max_rows
+
+    def __reduce__(self):
+        return _rebuild_overflow, (dict(self.__dict__),)
 
 
 class PeerTimeoutError(DualPipeError):
@@ -52,3 +71,7 @@ class PeerTimeoutError(DualPipeError):
 
 def _rebuild_peer_timeout(fields: dict) -> PeerTimeoutError:
     return PeerTimeoutError(**fields)
+
+
+def _rebuild_overflow(fields: dict) -> RowsOverflowError:
+    return RowsOverflowError(**fields)

@@ -15,75 +15,20 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from .backend import choose_backend
 from .errors import ExchangeClosedError
 from .peer_memory import PeerMemory
 from .reference import ReferenceBackend
-from .routing import Plan, RoutingLayout
+from .routing import ROW_ALIGNMENT, Plan, RoutingLayout
+from .unique_rows import UniqueRows
 
 __all__ = ["CHANNELS", "Exchange", "choose_backend", "process_group"]
 
 CHANNELS = ("forward", "backward")
-MAX_RANKS = 8  # one NVLink domain
+FORMS = ("expert", "unique")
 MAX_TOPK = 32  # a route a lane of the warp that moves a token
 MAX_LOCAL_EXPERTS = 512  # the plan's prefix sums stay in shared memory
-KERNEL_CAPABILITIES = ((9, 0), (10, 0))  # Hopper and Blackwell: the cubins are built for these
 NVLINK_DTYPES = (torch.bfloat16, torch.float32)
-
-
-def choose_backend(backend: str, device: torch.device, world_size: int) -> tuple[str, str]:
-    """Which backend this process would use, and why.
-
-    Args:
-        backend: "auto", "nvlink" or "reference".
-        device: where the tokens are.
-        world_size: P, ranks of the expert group.
-
-    Returns:
-        The name, "nvlink" or "reference", and the reason in plain words.
-
-    Raises:
-        ValueError: the name is unknown, or "nvlink" was asked for and cannot run here.
-    """
-    if backend not in ("auto", "nvlink", "reference"):
-        raise ValueError(f'backend={backend!r}: choose "auto", "nvlink" or "reference"')
-    if backend == "reference":
-        return "reference", "asked for"
-    obstacle = _nvlink_obstacle(torch.device(device), world_size)
-    if obstacle is None:
-        return "nvlink", "asked for" if backend == "nvlink" else "all GPUs reach each other"
-    if backend == "nvlink":
-        raise ValueError(f'backend="nvlink" cannot run here: {obstacle}, or use backend="auto"')
-    return "reference", obstacle
-
-
-def _nvlink_obstacle(device: torch.device, world_size: int) -> str | None:
-    """What keeps the NVLink kernels from running, with the remedy; None if nothing does."""
-    if device.type != "cuda":
-        return f"the tokens are on {device.type}: move the model to a CUDA device"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device: install a CUDA build of torch on a machine with a GPU"
-    try:
-        from . import _C  # noqa: F401
-    except ImportError as error:
-        from .environment import read_build_record
-
-        build = read_build_record()
-        reason = f"{error}: reinstall it" if build["built"] else build["reason"]
-        return f"the CUDA extension is missing ({reason})"
-    if world_size > MAX_RANKS:
-        return f"{world_size} ranks are more than {MAX_RANKS} in one NVLink domain: split the group"
-    capability = torch.cuda.get_device_capability(device)
-    if capability not in KERNEL_CAPABILITIES:
-        return (
-            f"compute capability {capability} is not one of {KERNEL_CAPABILITIES}: use such a GPU"
-        )
-    index = torch.cuda.current_device() if device.index is None else device.index
-    for other in range(torch.cuda.device_count() if world_size > 1 else 0):
-        if other != index and not torch.cuda.can_device_access_peer(index, other):
-            return (
-                f"GPU {index} has no peer access to GPU {other}: hide it with CUDA_VISIBLE_DEVICES"
-            )
-    return None
 
 
 class Exchange:
@@ -101,17 +46,29 @@ class Exchange:
         dtype: of the rows; NVLink kernels take bfloat16 and float32.
         backend: "nvlink", "reference" or "auto" (nvlink where every rank can run it).
         comm_sms: SMs that communication may take: a count from 1 to half of the GPU's, or a ratio
-            of them as a float below 1. Two channels in flight take twice as many.
+            of them as a float below 1. Two channels in flight take twice as many. 0 moves rows by
+            copy engine, which needs form "unique".
         timeout: seconds a kernel waits for a peer before it gives up.
         device: where the tokens are; default the current CUDA device, else the CPU.
+        form: who brings rows into expert order and sums a token's rows before the way home.
+            "expert": the communication SMs. "unique": compute kernels on ``num_sms`` SMs, behind
+            and before a transfer of unique rows, which takes fewer SMs; it can send fp8. None:
+            "expert", or "unique" if ``comm_sms`` is 0. Results are the same.
+        max_rows: the most rows in expert order that may come to a rank, a multiple of 128. Then
+            dispatch always gives this many and no call waits for the device, so that all can be
+            captured in a CUDA graph; rows past the plan's R are undefined (NVLink) or zero. What
+            does not fit raises RowsOverflowError at a later call or :meth:`check`.
 
     Calls go to the current stream; a plan or tensor made on another stream follows torch's rules
     (order the streams, ``record_stream``). Every rank makes the same calls in the same order on a
-    channel; the two channels do not wait for each other.
+    channel; the two channels do not wait for each other. Nothing stays in an exchange's buffers
+    between calls: all layers and micro-batches can share one.
 
-    Making one is collective over the group. Peer memory on each rank, P > 1, NVLink backend::
+    Making one is collective over the group. Peer memory on each rank, NVLink backend, and small
+    tables (``peer_bytes`` has the sum)::
 
-        2 channels · max_tokens · H · itemsize · (1 + min(K, P − 1)) bytes, and small tables
+        form "expert"  2 channels · max_tokens · H · itemsize · (1 + min(K, P − 1)), if P > 1
+        form "unique"  2 channels · max_tokens · H · itemsize · 2 · P
 
     Raises:
         ValueError, TypeError: an argument is wrong, or ranks disagree on one (on every rank).
@@ -130,6 +87,8 @@ class Exchange:
         comm_sms: int | float = 16,
         timeout: float = 100.0,
         device: torch.device | str | None = None,
+        form: str | None = None,
+        max_rows: int | None = None,
     ):
         self.group = process_group(group)
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
@@ -137,6 +96,7 @@ class Exchange:
         self.device = _resolve_device(device)
         self.hidden, self.num_experts, self.topk = hidden, num_experts, topk
         self.max_tokens, self.dtype, self.timeout = max_tokens, dtype, timeout
+        self.form, self.max_rows = form or ("expert" if comm_sms else "unique"), max_rows
         self._backend, self._comm_sms = None, 0
         self.backend, self.backend_reason = self._agree(backend)
         self.layout = RoutingLayout(self.rank, self.world_size, num_experts, topk, max_tokens)
@@ -144,10 +104,17 @@ class Exchange:
             from .nvlink import NvlinkBackend
 
             self._backend = NvlinkBackend(
-                self.group, self.layout, hidden, dtype, self.device, timeout
+                self.group,
+                self.layout,
+                hidden,
+                dtype,
+                self.device,
+                timeout,
+                self.form == "unique",
+                max_rows,
             )
         else:
-            self._backend = ReferenceBackend(self.group, self.layout)
+            self._backend = ReferenceBackend(self.group, self.layout, hidden, dtype, max_rows)
         self.comm_sms = comm_sms
 
     @property
@@ -165,6 +132,25 @@ class Exchange:
         self._check_open()
         self._comm_sms = self._count_sms(comm_sms) if self.backend == "nvlink" else 0
         self._backend.comm_sms = self._comm_sms
+
+    @property
+    def num_sms(self) -> int | None:
+        """SMs of the compute kernels of form "unique"; settable. None on the reference backend."""
+        return getattr(self._backend, "num_sms", None)
+
+    @num_sms.setter
+    def num_sms(self, num_sms: int) -> None:
+        self._check_open()
+        if self.backend == "nvlink":
+            total = torch.cuda.get_device_properties(self.device).multi_processor_count
+            if not isinstance(num_sms, int) or not 1 <= num_sms <= total:
+                raise ValueError(f"num_sms={num_sms!r} is outside [1, {total}], this GPU's SMs")
+            self._backend.num_sms = num_sms
+
+    @property
+    def peer_bytes(self) -> int:
+        """Bytes of peer memory that this exchange holds on each rank; 0 without NVLink."""
+        return getattr(self._backend, "peer_bytes", 0)
 
     @property
     def closed(self) -> bool:
@@ -203,6 +189,7 @@ class Exchange:
         *,
         channel: str = "forward",
         topk_weight: torch.Tensor | None = None,
+        payload: str | None = None,
     ):
         """Send every token to its experts. Collective, differentiable (the backward is a combine).
 
@@ -211,17 +198,15 @@ class Exchange:
             plan: from :meth:`plan`, for the same T tokens.
             channel: "forward" or "backward".
             topk_weight: [T, K] fp32, sent along when given.
+            payload: "fp8" sends float8_e4m3fn with an fp32 scale for 128 columns, in half the time;
+                form "unique" only. The gradient passes straight through the rounding.
 
         Returns:
             rows [R, H] in expert order, padding rows zero; with topk_weight a pair of these and
-            row_weight [R] fp32, padding zero.
+            row_weight [R] fp32, padding zero. With ``max_rows`` the first dimension is that.
         """
-        self._check_call(plan, channel)
-        self._check_rows("x", x, plan.num_tokens, "T")
-        if topk_weight is not None:
-            _check_tensor("topk_weight", topk_weight, self._weight_dtype, self.device)
-            _check_shape("topk_weight", topk_weight, [plan.num_tokens, self.topk], "[T, K]")
-        rows, row_weight = _Transfer.apply(x, topk_weight, self, plan, "dispatch", channel)
+        self._check_dispatch(x, plan, channel, topk_weight, payload)
+        rows, row_weight = _Transfer.apply(x, topk_weight, self, plan, "dispatch", channel, payload)
         return rows if topk_weight is None else (rows, row_weight)
 
     def combine(
@@ -246,18 +231,63 @@ class Exchange:
             with row_weight a pair of these and [T, K] fp32, zero where a route was dropped.
         """
         self._check_call(plan, channel)
-        self._check_rows("rows", rows, plan.num_rows, "R")
+        num_rows = self.max_rows or plan.num_rows
+        self._check_rows("rows", rows, num_rows, "R")
         if row_weight is not None:
             _check_tensor("row_weight", row_weight, self._weight_dtype, self.device)
-            _check_shape("row_weight", row_weight, [plan.num_rows], "[R]")
-        y, topk_weight = _Transfer.apply(rows, row_weight, self, plan, "combine", channel)
+            _check_shape("row_weight", row_weight, [num_rows], "[R]")
+        y, topk_weight = _Transfer.apply(rows, row_weight, self, plan, "combine", channel, None)
         return y if row_weight is None else (y, topk_weight)
+
+    def dispatch_unique(
+        self,
+        x: torch.Tensor,
+        plan: Plan,
+        *,
+        channel: str = "forward",
+        topk_weight: torch.Tensor | None = None,
+        payload: str | None = None,
+    ) -> UniqueRows:
+        """Send every token once to each rank that has an expert of it. Form "unique"; no autograd.
+
+        Arguments as in :meth:`dispatch`. The consumer brings rows into expert order, or gathers
+        them by ``plan.expert_rows``, and then releases what it got.
+        """
+        self._check_dispatch(x, plan, channel, topk_weight, payload)
+        self._check_unique("dispatch_unique")
+        weight = None if topk_weight is None else topk_weight.contiguous()
+        rows, scales, weights = self._backend_call(
+            "dispatch_unique", x.contiguous(), plan, weight, channel, payload
+        )
+        backend = self._backend
+        return UniqueRows(rows, scales, weights, lambda: backend.release(channel))
+
+    def sums(self, plan: Plan, *, channel: str = "forward") -> torch.Tensor:
+        """Where :meth:`combine_unique` reads: [P, max_tokens, H], to be filled by the caller.
+
+        Row [p, i], i < ``plan.unique_counts[p]``, takes the sum of this rank's rows of the i-th
+        token that rank p sent here, ``plan.expert_rows[p, i]``. Writable from this call on (in
+        stream order) until combine_unique.
+        """
+        self._check_call(plan, channel)
+        self._check_unique("sums")
+        return self._backend.sums(plan, channel)
+
+    def combine_unique(self, plan: Plan, *, channel: str = "forward") -> torch.Tensor:
+        """y [T, H]: add up the sums that every rank has for this rank's tokens, in rank order.
+
+        Collective, no autograd; the sums are what :meth:`sums` gave and the caller filled.
+        """
+        self._check_call(plan, channel)
+        self._check_unique("combine_unique")
+        return self._backend_call("combine_unique", plan, channel)
 
     def check(self) -> None:
         """Raise what a finished kernel reported, without waiting for kernels in flight.
 
         Raises:
             PeerTimeoutError: a peer did not arrive within ``timeout``.
+            RowsOverflowError, IndexError: under ``max_rows``, what a plan found since last time.
         """
         self._check_open()
         self._backend.check()
@@ -279,7 +309,8 @@ class Exchange:
         return (
             f"Exchange({state}, hidden={self.hidden}, num_experts={self.num_experts}, "
             f"topk={self.topk}, max_tokens={self.max_tokens}, dtype={self.dtype}, "
-            f"comm_sms={self.comm_sms})"
+            f"comm_sms={self.comm_sms}, form={self.form!r}, peer memory "
+            f"{self.peer_bytes / 2**20:.0f} MiB)"
         )
 
     @property
@@ -296,6 +327,8 @@ class Exchange:
                 self.max_tokens,
                 str(self.dtype),
                 backend,
+                self.form,
+                self.max_rows,
             ),
             "host": _host_identity(),
             "rendezvous": PeerMemory.rendezvous,
@@ -317,7 +350,7 @@ class Exchange:
                 raise type(theirs["error"])(f"rank {rank}: {theirs['error']}")
             if theirs["arguments"] != everyone[0]["arguments"]:
                 raise ValueError(
-                    f"(hidden, num_experts, topk, max_tokens, dtype, backend) is "
+                    f"(hidden, num_experts, topk, max_tokens, dtype, backend, form, max_rows) is "
                     f"{theirs['arguments']} on rank {rank}, but on rank 0 "
                     f"{everyone[0]['arguments']}: pass the same on every rank"
                 )
@@ -376,6 +409,14 @@ class Exchange:
                 f"device={self.device} is not the current device {torch.cuda.current_device()}: "
                 f"call torch.cuda.set_device({self.device.index}) when the process starts"
             )
+        if self.form not in FORMS:
+            raise ValueError(f'form={self.form!r}: choose "expert" or "unique"')
+        rows = self.max_rows
+        if rows is not None and (not isinstance(rows, int) or rows < 1 or rows % ROW_ALIGNMENT):
+            raise ValueError(
+                f"max_rows={rows!r} is not a positive multiple of {ROW_ALIGNMENT}, to which every "
+                f"expert's rows are padded: round it up"
+            )
         if not self.timeout > 0:
             raise ValueError(
                 f"timeout={self.timeout} s is not above 0: pass seconds, such as 100.0"
@@ -384,12 +425,14 @@ class Exchange:
     def _count_sms(self, comm_sms: int | float) -> int:
         total = torch.cuda.get_device_properties(self.device).multi_processor_count
         count = comm_sms
+        if count == 0 and self.form != "unique":
+            raise ValueError('comm_sms=0 needs unique rows: make the Exchange with form="unique"')
         if isinstance(comm_sms, float) and 0 < comm_sms < 1:
             count = max(1, round(comm_sms * total))
         # Both channels must fit at once, or two kernels could wait for each other's SMs.
-        if not isinstance(count, int) or not 1 <= count <= total // 2:
+        if not isinstance(count, int) or not 0 <= count <= total // 2:
             raise ValueError(
-                f"comm_sms={comm_sms!r} is outside [1, {total // 2}], half of this GPU's {total} "
+                f"comm_sms={comm_sms!r} is outside [0, {total // 2}], half of this GPU's {total} "
                 f"SMs (a float below 1 is a ratio of them): 8 to 24 fill an NVLink"
             )
         return count
@@ -412,6 +455,31 @@ class Exchange:
                 f"call plan() of an exchange with the same sizes"
             )
 
+    def _check_dispatch(self, x, plan: Plan, channel: str, topk_weight, payload) -> None:
+        self._check_call(plan, channel)
+        self._check_rows("x", x, plan.num_tokens, "T")
+        if topk_weight is not None:
+            _check_tensor("topk_weight", topk_weight, self._weight_dtype, self.device)
+            _check_shape("topk_weight", topk_weight, [plan.num_tokens, self.topk], "[T, K]")
+        if payload is None:
+            return
+        if payload != "fp8":
+            raise ValueError(f'payload={payload!r}: choose None (as x is) or "fp8"')
+        self._check_unique('payload="fp8"')
+        if self.dtype != torch.bfloat16 or self.hidden % 16:
+            raise ValueError(
+                f"fp8 rows are made from bfloat16 with H a multiple of 16, not {self.dtype} with "
+                f"H={self.hidden}: leave payload out"
+            )
+        if self.backend == "nvlink" and self.comm_sms == 0:
+            raise ValueError("fp8 rows are made by the sending SMs: set comm_sms to 1 or more")
+
+    def _check_unique(self, what: str) -> None:
+        if self.form != "unique":
+            raise ValueError(
+                f'{what} needs unique rows: make the Exchange with form="unique", not {self.form!r}'
+            )
+
     def _check_rows(self, name: str, tensor: torch.Tensor, count: int, letter: str) -> None:
         _check_tensor(name, tensor, self.dtype, self.device)
         _check_shape(name, tensor, [count, self.hidden], f"[{letter}, H]")
@@ -421,11 +489,12 @@ class _Transfer(torch.autograd.Function):
     """A dispatch or a combine of rows, and of a scalar a route; each is the other's transpose."""
 
     @staticmethod
-    def forward(ctx, rows, weight, exchange, plan, operation, channel):
+    def forward(ctx, rows, weight, exchange, plan, operation, channel, payload):
         ctx.exchange, ctx.plan, ctx.weighted = exchange, plan, weight is not None
         ctx.transpose = {"dispatch": "combine", "combine": "dispatch"}[operation]
         weight = None if weight is None else weight.contiguous()
-        return exchange._backend_call(operation, rows.contiguous(), plan, weight, channel)
+        extra = () if payload is None else (payload,)
+        return exchange._backend_call(operation, rows.contiguous(), plan, weight, channel, *extra)
 
     @staticmethod
     @once_differentiable
@@ -435,7 +504,7 @@ class _Transfer(torch.autograd.Function):
         gradients = ctx.exchange._backend_call(
             ctx.transpose, d_rows.contiguous(), ctx.plan, d_weight, "backward"
         )
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def process_group(group) -> dist.ProcessGroup | None:

@@ -49,6 +49,10 @@ class PeerMemory:
         torch.cuda.synchronize(device)
         dist.barrier(group)  # nobody may signal into memory that its owner still clears
 
+    def part(self, first: int, count: int) -> torch.Tensor:
+        """[count] uint8, this rank's own bytes from `first` on."""
+        return self._buffer[first : first + count]
+
     def close(self) -> None:
         """Let go of the memory; a peer's mapping keeps it alive for that peer."""
         self._buffer = self._handle = None

@@ -49,6 +49,11 @@ class Plan(ABC):
         expert_offsets: [L + 1] int32, first row of each local expert; the last entry is R.
         slots: [P, max_tokens, K] int32, row on this rank of (source rank, token, k); −1 where that
             route leads to another rank, was dropped, or the source has no such token.
+        send_rows: [T, P] int32, position of a token among those that this rank sends to each rank,
+            in token order; −1 where it does not go.
+        unique_counts: [P] int32, tokens that arrive here from each rank, each counted once.
+        expert_rows: [P, max_tokens, K] int32, the slots of the i-th token that arrives from each
+            rank; undefined from ``unique_counts`` on.
     """
 
     layout: RoutingLayout
@@ -56,6 +61,9 @@ class Plan(ABC):
     tokens_per_expert: torch.Tensor
     expert_offsets: torch.Tensor
     slots: torch.Tensor
+    send_rows: torch.Tensor
+    unique_counts: torch.Tensor
+    expert_rows: torch.Tensor
 
     @property
     def num_tokens(self) -> int:

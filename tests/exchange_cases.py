@@ -155,10 +155,23 @@ def check_case(
         assert plan.num_rows == mine.rows
         assert plan.expert_offsets.tolist() == mine.expert_offsets
         assert plan.tokens_per_expert.tolist() == mine.tokens_per_expert
-        for source, slots in enumerate(mine.slots):
-            assert torch.equal(plan.slots[source, : len(slots)].cpu(), slots)
+        check_tables(plan, plans, rank)
         _check_dispatch(exchange, case, plan, channel, *rows_and_weight)
         _check_combine(exchange, case, plan, channel, *y_and_weight)
+
+
+def check_tables(plan, plans: list[Expected], rank: int) -> None:
+    """Slots, and where unique rows go and come from."""
+    for source, slots in enumerate(plans[rank].slots):
+        assert torch.equal(plan.slots[source, : len(slots)].cpu(), slots)
+        arrived = slots[(slots >= 0).any(1)]
+        assert int(plan.unique_counts[source]) == len(arrived)
+        assert torch.equal(plan.expert_rows[source, : len(arrived)].cpu(), arrived)
+    for target, theirs in enumerate(plans):
+        goes = (theirs.slots[rank] >= 0).any(1)
+        places = torch.full(goes.shape, -1, dtype=torch.int32)
+        places[goes] = torch.arange(int(goes.sum()), dtype=torch.int32)
+        assert torch.equal(plan.send_rows[:, target].cpu(), places)
 
 
 def _check_dispatch(exchange, case, plan, channel, want_rows, want_weight) -> None:
@@ -192,6 +205,7 @@ def check_routings(
     max_tokens: int,
     comm_sms: tuple[int, ...] = (16,),
     dtype: torch.dtype = torch.bfloat16,
+    form: str = "expert",
 ) -> str:
     """Every routing on one exchange; returns the backend that ran."""
     with Exchange(
@@ -202,6 +216,7 @@ def check_routings(
         max_tokens=max_tokens,
         dtype=dtype,
         backend=backend,
+        form=form,
     ) as exchange:
         for i, routing in enumerate(ROUTINGS):
             case = Case(routing, hidden, topk, num_experts, max_tokens, seed=i, dtype=dtype)

@@ -16,6 +16,7 @@ from tests.exchange_cases import (
     ROUTINGS,
     Case,
     check_routings,
+    check_tables,
     expected_combine,
     expected_dispatch,
     expected_plan,
@@ -28,8 +29,12 @@ pytestmark = pytest.mark.gpu
 class OneGpuMemory:
     """Stands in for PeerMemory: every rank's buffer, all on this GPU."""
 
-    def __init__(self, buffers):
+    def __init__(self, buffers, rank):
         self.pointers = [buffer.data_ptr() for buffer in buffers]
+        self.mine = buffers[rank]
+
+    def part(self, first, count):
+        return self.mine[first : first + count]
 
     def close(self):
         self.pointers = []
@@ -40,10 +45,43 @@ def _loaded_kernels():
     """CUDA loads a kernel at its first launch, and waits for running kernels to do so."""
     for dtype in (torch.bfloat16, torch.float32):
         check_routings(0, None, "nvlink", 64, 2, 4, 10, dtype=dtype)
+        check_routings(0, None, "nvlink", 64, 2, 4, 10, dtype=dtype, form="unique")
+
+
+def load_row_kernels(world_size, case):
+    """The same for the Triton kernels, of which every number of ranks and of routes has its own."""
+    from dualpipe_ext.triton_kernels import expert_rows
+
+    def ints(*shape):
+        return torch.zeros(shape, dtype=torch.int32, device="cuda")
+
+    def floats(*shape, dtype=torch.float32):
+        return torch.zeros(shape, dtype=dtype, device="cuda")
+
+    stride = -(-case.topk // 4) * 4
+    routes = ints(world_size, case.max_tokens, stride)[:, :, : case.topk]
+    unique = floats(world_size, case.max_tokens, case.hidden, dtype=case.dtype)
+    weight = floats(world_size, case.max_tokens, stride)
+    rows, row_weight = floats(128, case.hidden, dtype=case.dtype), floats(128)
+    local = case.num_experts // world_size
+    expert_rows.expand(
+        unique,
+        routes,
+        ints(world_size),
+        ints(local + 1),
+        ints(local),
+        rows,
+        topk_weight=weight[:, :, : case.topk],
+        row_weight=row_weight,
+        num_sms=4,
+    )
+    expert_rows.sum_per_rank(
+        rows, routes, ints(world_size), unique, row_weight=row_weight, sum_weight=weight, num_sms=4
+    )
 
 
 @contextmanager
-def virtual_ranks(monkeypatch, world_size, case, timeout=20.0, comm_sms=4):
+def virtual_ranks(monkeypatch, world_size, case, timeout=20.0, comm_sms=4, unique=False):
     """A backend and a stream for every rank."""
     from dualpipe_ext import nvlink
 
@@ -52,19 +90,22 @@ def virtual_ranks(monkeypatch, world_size, case, timeout=20.0, comm_sms=4):
     def memory(group, nbytes, device):
         while len(buffers) < world_size:
             buffers.append(torch.zeros(nbytes, dtype=torch.uint8, device=device))
-        return OneGpuMemory(buffers)
+        return OneGpuMemory(buffers, len(backends))
 
     monkeypatch.setattr(nvlink, "PeerMemory", memory)
     device = torch.device("cuda", torch.cuda.current_device())
     for rank in range(world_size):
         layout = RoutingLayout(rank, world_size, case.num_experts, case.topk, case.max_tokens)
         backends.append(
-            nvlink.NvlinkBackend(None, layout, case.hidden, case.dtype, device, timeout)
+            nvlink.NvlinkBackend(None, layout, case.hidden, case.dtype, device, timeout, unique)
         )
         backends[-1].comm_sms = comm_sms
+        backends[-1].num_sms = 4
     streams = [torch.cuda.Stream() for _ in range(world_size)]
     # No allocation may wait for the device while some ranks' kernels wait for the others'.
-    pinned = [torch.empty(6, dtype=torch.int32, pin_memory=True) for _ in range(4 * world_size)]
+    if unique:
+        load_row_kernels(world_size, case)
+    pinned = [torch.empty(22, dtype=torch.int32, pin_memory=True) for _ in range(4 * world_size)]
     for stream in streams:
         with torch.cuda.stream(stream):
             blocks = [torch.empty(1 << 26, dtype=torch.uint8, device=device) for _ in range(4)]
@@ -98,8 +139,8 @@ def check(ranks, case, channel):
     for plan, expected in zip(plans, want, strict=True):
         assert plan.num_rows == expected.rows
         assert plan.expert_offsets.tolist() == expected.expert_offsets
-        for source, slots in enumerate(expected.slots):
-            assert torch.equal(plan.slots[source, : len(slots)].cpu(), slots)
+    for rank, plan in enumerate(plans):
+        check_tables(plan, want, rank)
 
     x = [case.x(p).cuda() for p in range(world_size)]
     weight = [case.topk_weight(p).cuda() for p in range(world_size)]
@@ -124,12 +165,13 @@ def check(ranks, case, channel):
         assert torch.equal(topk_weight.cpu(), want_weight)
 
 
+@pytest.mark.parametrize("unique", [False, True], ids=["expert", "unique"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("world_size", range(2, 9))
-def test_every_routing(monkeypatch, world_size, dtype):
+def test_every_routing(monkeypatch, world_size, dtype, unique):
     sizes = dict(hidden=1160, topk=5, num_experts=4 * world_size, max_tokens=150, dtype=dtype)
     case = Case("uniform", seed=0, **sizes)
-    with virtual_ranks(monkeypatch, world_size, case) as ranks:
+    with virtual_ranks(monkeypatch, world_size, case, unique=unique) as ranks:
         for i, routing in enumerate(ROUTINGS):
             check(ranks, Case(routing, seed=i, **sizes), ("forward", "backward")[i % 2])
 

@@ -1,0 +1,85 @@
+// Unique rows by copy engine: no SM while data is in flight.
+//
+// One warp tells the peers that this rank's inbox is free, each copy waits for that of its target,
+// and tells the target when it is through. Waits are kernels of one warp, because those of the
+// driver (cuStreamWaitValue) are not bounded.
+#include <cuda_runtime.h>
+
+#include "barrier.cuh"
+
+namespace dualpipe {
+namespace {
+
+__global__ void begin_copy(const __grid_constant__ Exchange ex, int operation) {
+  if (!aborted(ex)) signal_begun(ex, operation, current_epoch(ex, operation));
+}
+
+__global__ void wait_target(const __grid_constant__ Exchange ex, int operation, int target) {
+  const uint64_t epoch = current_epoch(ex, operation);
+  if (target != ex.rank) {
+    wait_for(ex, &signals_of(ex, ex.rank, operation)->done[target], epoch, operation, kArrived,
+             target);
+  }
+}
+
+__global__ void tell_target(const __grid_constant__ Exchange ex, int operation, int target) {
+  if (load_volatile(abort_flag(ex)) != 0) return;
+  __threadfence_system();
+  store_release_system(&signals_of(ex, target, operation)->ready[ex.rank],
+                       current_epoch(ex, operation));
+}
+
+__global__ void finish_copy(const __grid_constant__ Exchange ex, int operation) {
+  Signals* mine = signals_of(ex, ex.rank, operation);
+  const uint64_t epoch = current_epoch(ex, operation);
+  if (!aborted(ex) && threadIdx.x < ex.ranks) {
+    wait_for(ex, &mine->ready[threadIdx.x], epoch, operation, kDataReady, threadIdx.x);
+  }
+  __syncwarp();
+  if (threadIdx.x == 0) mine->epoch = epoch;
+}
+
+void copy(void* target, const void* source, int64_t bytes, cudaStream_t stream) {
+  check_cuda(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToDevice, stream),
+             "copy to a peer's inbox");
+}
+
+}  // namespace
+
+void launch_copy(const Exchange& ex, const CopyArgs& args) {
+  const DeviceGuard guard(ex.device);
+  const auto stream = static_cast<cudaStream_t>(args.stream);
+  const auto event = [&](int i) { return static_cast<cudaEvent_t>(args.events[i]); };
+  const int operation = (args.combine ? kCombineForward : kDispatchForward) + args.channel;
+  const SymmetricLayout layout(ex);
+  const int64_t channel = layout.channel + layout.channel_stride * args.channel;
+  begin_copy<<<1, 32, 0, stream>>>(ex, operation);
+  check_cuda(cudaGetLastError(), "begin_copy");
+  check_cuda(cudaEventRecord(event(ex.ranks), stream), "cudaEventRecord");
+  for (int i = 1; i <= ex.ranks; ++i) {  // all ranks at once send to their i-th neighbour
+    const int target = (ex.rank + i) % ex.ranks;
+    const auto copies = static_cast<cudaStream_t>(args.copy_streams[target]);
+    const int64_t mine = static_cast<int64_t>(ex.rank) * ex.max_tokens;
+    const int64_t theirs = static_cast<int64_t>(target) * ex.max_tokens;
+    const char* from = ex.peer[ex.rank] + channel;
+    char* to = ex.peer[target] + channel;
+    check_cuda(cudaStreamWaitEvent(copies, event(ex.ranks)), "cudaStreamWaitEvent");
+    wait_target<<<1, 1, 0, copies>>>(ex, operation, target);
+    check_cuda(cudaGetLastError(), "wait_target");
+    copy(to + layout.inbox + mine * ex.row_bytes(), from + layout.outbox + theirs * ex.row_bytes(),
+         args.rows[target] * ex.row_bytes(), copies);
+    if (args.weights) {
+      const int64_t bytes = ex.topk_stride() * 4;
+      copy(to + layout.inbox_weight + mine * bytes, from + layout.outbox_weight + theirs * bytes,
+           args.rows[target] * bytes, copies);
+    }
+    tell_target<<<1, 1, 0, copies>>>(ex, operation, target);
+    check_cuda(cudaGetLastError(), "tell_target");
+    check_cuda(cudaEventRecord(event(target), copies), "cudaEventRecord");
+    check_cuda(cudaStreamWaitEvent(stream, event(target)), "cudaStreamWaitEvent");
+  }
+  finish_copy<<<1, 32, 0, stream>>>(ex, operation);
+  check_cuda(cudaGetLastError(), "finish_copy");
+}
+
+}  // namespace dualpipe
