@@ -11,16 +11,13 @@ slowest rank counts. Example::
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
 import statistics
 import sys
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import describe_run, on_every_gpu, print_progress, time_in_turn, write_json
 
 import dualpipe_ext
 from dualpipe_ext import Exchange, grouped_mlp
@@ -146,29 +143,6 @@ def our_variants(setup: Setup, comm_sms: int) -> dict:
     }
 
 
-def time_variants(variants: dict, repeats: int, warmup: int) -> dict[str, float]:
-    """Median µs of each, launch by launch in turn, on the slowest rank."""
-    line_up = torch.zeros(1, device="cuda")
-    times = {name: [] for name in variants}
-    for repeat in range(warmup + repeats):
-        for name, launch in variants.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(2_000_000)  # 1 ms in which the host runs ahead of the device
-            dist.all_reduce(line_up)
-            begin.record()
-            launch()
-            end.record()
-            if repeat >= warmup:
-                times[name].append((begin, end))
-        torch.cuda.synchronize()
-    medians = [
-        statistics.median(b.elapsed_time(e) for b, e in events) * 1e3 for events in times.values()
-    ]
-    slowest = torch.tensor(medians, device="cuda")
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return dict(zip(variants, slowest.tolist(), strict=True))
-
-
 def gigabytes_per_second(rows: int, args: argparse.Namespace, microseconds: float) -> float:
     return rows * args.hidden * 2 / microseconds / 1e3
 
@@ -187,7 +161,7 @@ def sweep(args: argparse.Namespace, rank: int, world_size: int) -> list[dict]:
     records, peer_times = [], {name: [] for name in peers}
     for comm_sms in args.comm_sms:
         ours = our_variants(setup, comm_sms)
-        us = time_variants(ours | peers, args.repeats, args.warmup)
+        us = time_in_turn(ours | peers, args.repeats, args.warmup)
         for name in peers:
             peer_times[name].append(us.pop(name))
         communication = us["dispatch"] + us["combine"]
@@ -204,8 +178,7 @@ def sweep(args: argparse.Namespace, rank: int, world_size: int) -> list[dict]:
                 "hidden_share": round(1 - (us["both"] - us["mlp"]) / communication, 3),
             }
         )
-        if rank == 0:
-            print(f"comm_sms={comm_sms} done", file=sys.stderr, flush=True)
+        print_progress(rank, f"comm_sms={comm_sms} done")
     for name, values in peer_times.items():
         us = statistics.median(values)
         record = {"peer": name, "us": round(us, 1)}
@@ -270,38 +243,17 @@ def plot(records: list[dict], path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def hardware_and_versions(args: argparse.Namespace, world_size: int) -> dict:
-    return {
-        "command": " ".join(
-            ["python", "bench/sm_split.py", *map(os.path.basename, args.arguments)]
-        ),
-        "date": datetime.date.today().isoformat(),
-        "gpu": f"{world_size}x {torch.cuda.get_device_name()}",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        "dualpipe_ext": dualpipe_ext.__version__,
-        "sizes": {
-            key: getattr(args, key)
-            for key in ("tokens", "hidden", "experts", "topk", "expert_hidden", "repeats")
-        },
-    }
-
-
-def worker(rank: int, args: argparse.Namespace, world_size: int) -> None:
-    torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
-    dist.init_process_group("nccl", rank=rank, world_size=world_size, device_id=device)
+def measure(args: argparse.Namespace, rank: int, world_size: int) -> None:
     records = sweep(args, rank, world_size)
     if rank == 0:
-        result = hardware_and_versions(args, world_size) | {"records": records}
+        keys = ("tokens", "hidden", "experts", "topk", "expert_hidden", "repeats")
+        sizes = {key: getattr(args, key) for key in keys}
         if args.json:
-            with open(args.json, "w") as file:
-                json.dump(result, file, indent=1)
+            about = describe_run("bench/sm_split.py", args, world_size, sizes)
+            write_json(args.json, about | {"records": records})
         if args.plot:
             plot(records, args.plot)
         print(format_table(records))
-    dist.destroy_process_group()
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -324,15 +276,5 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse_arguments(sys.argv[1:])
-    if not torch.cuda.is_available():
-        sys.exit("bench/sm_split.py times GPUs, and torch sees none here")
-    world_size = args.ranks or torch.cuda.device_count()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29533")
-    mp.spawn(worker, (args, world_size), nprocs=world_size)
-
-
 if __name__ == "__main__":
-    main()
+    on_every_gpu(measure, parse_arguments(sys.argv[1:]))
