@@ -6,6 +6,9 @@ in Python loops) runs once, on `--oracle-layers` layers, and its time is scaled 
 Then, for a drift of the loads: balance against copies sent, `max_moved` by `max_moved`. Example::
 
     python bench/eplb.py --json out.json
+
+With ``--layer`` it times a MoELayer before and after balancing instead, on all GPUs; see
+eplb_layer.py.
 """
 
 import argparse
@@ -21,6 +24,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import eplb_layer
 
 from dualpipe_ext.eplb import POLICIES, measure_placement, rebalance_experts
 from tests.greedy_balancer import balance_greedily
@@ -160,7 +165,12 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--oracle-layers", type=int, default=58, help="0 leaves the loops out")
+    parser.add_argument("--layer", action="store_true", help="time a MoELayer, on all GPUs")
+    eplb_layer.add_arguments(parser)
     arguments = parser.parse_args()
+    if arguments.layer:
+        eplb_layer.run(arguments)
+        return
     torch.set_num_threads(1)
     environment = {
         "hardware": cpu_name(),

@@ -1,7 +1,8 @@
 """A mixture-of-experts layer whose experts are spread over the ranks of a group.
 
 Letters: T tokens of this rank, H hidden, E experts, K experts a token, P ranks of the group,
-L = E / P local experts (rank r owns the experts [r·L, (r+1)·L)), I expert width, S shared width.
+L = E / P experts of a rank, R slots for experts and copies, S = R / P slots of a rank, I expert
+width, D width of the shared expert.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from .exchange import Exchange, process_group
+from .exchange import Exchange
+from .experts import PlacedExperts, check_multiples_of_8
 from .grouped_mlp import grouped_mlp
 from .router import Router
 
 __all__ = ["MoELayer", "SharedExpert"]
 
 
-class MoELayer(nn.Module):
+class MoELayer(PlacedExperts):
     """Router, dispatch to the experts' ranks, grouped SwiGLU, combine: ``y = layer(x)``.
 
     ``x`` [..., H] may hold another number of tokens on every rank, none included. Every rank of
@@ -35,17 +37,36 @@ class MoELayer(nn.Module):
       tokens. It carries a gradient: add it to the loss of the same step.
     - ``tokens_per_expert`` [E] int64, on the device: this rank's routes to every expert.
 
-    Parameters and their state-dict keys (a sharded checkpoint holds a rank's own shard, cut along
-    the first dimension; :meth:`full_state_dict` and :meth:`load_dense_state_dict` convert):
+    State-dict keys (rank r's own experts, [r·L, (r+1)·L), make a sharded checkpoint;
+    :meth:`full_state_dict` and :meth:`load_dense_state_dict` convert):
 
     ====================  ==========  ===============================================
     ``router.weight``     [E, H]      fp32, replicated
     ``router.bias``       [E]         fp32 buffer, replicated, only for ``"sigmoid"``
     ``w13``               [L, 2I, H]  sharded; rows 0..I−1 gate, I..2I−1 up
     ``w2``                [L, H, I]   sharded
-    ``shared_expert.w13`` [2S, H]     replicated, only if ``shared_expert_hidden`` > 0
-    ``shared_expert.w2``  [H, S]      replicated, likewise
+    ``shared_expert.w13`` [2D, H]     replicated, only if ``shared_expert_hidden`` > 0
+    ``shared_expert.w2``  [H, D]      replicated, likewise
     ====================  ==========  ===============================================
+
+    **Placing experts.** The parameters ``w13`` and ``w2`` have a row for each of this rank's S
+    slots: its L experts, until :meth:`rebalance` moves experts where the load is even. With
+    ``num_slots`` > E busy experts live in several slots, and tokens spread over the copies. State
+    dicts keep the logical order, each expert once, whatever the placement; once experts have
+    moved, or copies exist, ``state_dict`` and ``load_state_dict`` need all ranks of the group at
+    once (:func:`~dualpipe_ext.optimizer_state_dict` is the optimizer's part). A step with copies::
+
+        loss.backward()
+        layer.sync_replica_gradients()  # before anything uses the gradients
+        ...                             # reduce them as below; squared_gradient_norm() to clip
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 99:
+            slots, _, _ = rebalance_experts(
+                layer.expert_load()[None], layer.num_slots, 1, 1, P, "improved",
+                current=torch.tensor([layer.placement.physical_to_logical]),  # moves few
+            )
+            layer.rebalance(ExpertPlacement(slots[0], num_ranks=P), optimizer=optimizer)
 
     **Reducing gradients.** ``w13`` and ``w2`` carry ``expert_parallel = True``. Their gradients
     already are sums over the tokens of all P ranks, because the tokens came to the experts; the
@@ -58,27 +79,32 @@ class MoELayer(nn.Module):
             p.grad /= dist.get_world_size(group)
 
     Where the group is a part of N data-parallel ranks, all-reduce the replicated gradients over
-    all N, the expert gradients over the N / P ranks that hold the same experts, and divide by N.
+    all N, the expert gradients over the N / P ranks that hold the same experts, and divide by N:
+    all groups then need the same placement, from ``expert_load(group of all N)``.
     Keep the expert parameters out of ``DistributedDataParallel``: it would mix different experts.
 
     Args:
         hidden, expert_hidden: H and I, multiples of 8 (rows move in units of 16 bytes).
         num_experts, topk: E, a multiple of P, and K.
+        num_slots: R, a multiple of P, at least E; None = E, no copies. Fixed for the layer's life:
+            it is the size of the parameters.
         group: a process group, a 1-D DeviceMesh, or None: all experts on this rank, and no process
             group needed. None does *not* mean the default group.
-        backend, comm_sms: see :class:`~dualpipe_ext.Exchange`.
+        backend, comm_sms, form, max_rows: see :class:`~dualpipe_ext.Exchange`.
         num_sms: streaming multiprocessors the expert GEMMs may take, None = all.
         router: ``"softmax"``, ``"sigmoid"``, or a module that maps x [T, H] to
             :class:`~dualpipe_ext.router.Routes`, for example a ``Router(H, E, K, kind="sigmoid",
             n_groups=8, topk_groups=4, route_scale=2.5)``.
-        shared_expert_hidden: S, the width of a dense SwiGLU that sees every token, 0 = none.
+        shared_expert_hidden: D, the width of a dense SwiGLU that sees every token, 0 = none.
         max_tokens: the most tokens any rank will ever pass, the size of the exchange buffers. None:
             the first forward agrees on the largest count among the ranks (one small all-reduce).
-        exchange: an :class:`~dualpipe_ext.Exchange` of the same sizes that layers share; without
-            it every layer opens its own at the first forward and holds its own peer memory (the
-            formula is in Exchange). Nothing of a layer stays in the buffers between calls, so the
-            layers of a model, which run one after the other, can share one.
+        exchange: an :class:`~dualpipe_ext.Exchange` of the same sizes (its ``num_experts`` is R)
+            that layers share; without it every layer opens its own at the first forward and holds
+            its own peer memory (the formula is in Exchange). Nothing of a layer stays in the
+            buffers between calls, so the layers of a model, which run one after the other, can
+            share one.
         aux_loss_coefficient: factor on the balance loss (Switch Transformer: 0.01).
+        load_decay: what remains of older counts in :meth:`expert_load` after each forward.
         init_std: see :meth:`reset_parameters`.
         dtype, device: of the experts; None = torch's defaults. The router has fp32 at least.
 
@@ -93,49 +119,53 @@ class MoELayer(nn.Module):
         expert_hidden: int,
         num_experts: int,
         topk: int,
+        num_slots: int | None = None,
         group: dist.ProcessGroup | DeviceMesh | None = None,
         backend: str = "auto",
         comm_sms: int = 16,
+        form: str | None = None,
+        max_rows: int | None = None,
         num_sms: int | None = None,
         router: str | nn.Module = "softmax",
         shared_expert_hidden: int = 0,
         max_tokens: int | None = None,
         exchange: Exchange | None = None,
         aux_loss_coefficient: float = 0.01,
+        load_decay: float = 0.99,
         init_std: float = 0.02,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        self.group = process_group(group)
-        self.rank = 0 if self.group is None else dist.get_rank(self.group)
-        self.world_size = 1 if self.group is None else dist.get_world_size(self.group)
-        self.hidden, self.expert_hidden = hidden, expert_hidden
-        self.num_experts, self.topk = num_experts, topk
-        self._check_sizes(shared_expert_hidden)
-        self.num_local_experts = num_experts // self.world_size
+        dtype = dtype or torch.get_default_dtype()
+        super().__init__(
+            hidden=hidden,
+            expert_hidden=expert_hidden,
+            num_experts=num_experts,
+            num_slots=num_slots,
+            group=group,
+            load_decay=load_decay,
+            dtype=dtype,
+            device=device,
+        )
+        self.topk, self.shared_expert_hidden = topk, shared_expert_hidden
+        self._check_sizes()
         self.backend, self.comm_sms, self.num_sms = backend, comm_sms, num_sms
-        self.shared_expert_hidden = shared_expert_hidden
-        self.max_tokens = max_tokens
+        self.form, self.max_rows, self.max_tokens = form, max_rows, max_tokens
         self.aux_loss_coefficient, self.init_std = aux_loss_coefficient, init_std
         self.exchange, self._owns_exchange = exchange, exchange is None
         if exchange is not None:
             self._check_exchange(exchange)
 
-        dtype = dtype or torch.get_default_dtype()
         self._owns_router = isinstance(router, str)
         if self._owns_router:
             wide = torch.promote_types(dtype, torch.float32)
             router = Router(hidden, num_experts, topk, kind=router, dtype=wide)
         self.router = router if device is None else router.to(device)
-        like = {"dtype": dtype, "device": device}
-        local = self.num_local_experts
-        self.w13 = nn.Parameter(torch.empty(local, 2 * expert_hidden, hidden, **like))
-        self.w2 = nn.Parameter(torch.empty(local, hidden, expert_hidden, **like))
-        self._mark_expert_parameters()
         self.shared_expert = None
         if shared_expert_hidden:
-            self.shared_expert = SharedExpert(hidden, shared_expert_hidden, **like)
+            self.shared_expert = SharedExpert(
+                hidden, shared_expert_hidden, dtype=dtype, device=device
+            )
         self.aux_loss: Tensor | None = None
         self.tokens_per_expert: Tensor | None = None
         self.reset_parameters()
@@ -155,10 +185,11 @@ class MoELayer(nn.Module):
             routes = self.router(x_TH)
             self.aux_loss = self.aux_loss_coefficient * routes.aux_loss
             self.tokens_per_expert = routes.tokens_per_expert
+            self.record_load(routes.tokens_per_expert)
 
             x_TH = x_TH.to(dtype)
             exchange = self._open_exchange(x_TH)
-            plan = exchange.plan(routes.topk_idx)
+            plan = exchange.plan(self.choose_slots(routes.topk_idx))
             rows_RH, weight_R = exchange.dispatch(x_TH, plan, topk_weight=routes.topk_weight)
             w13, w2 = self.w13.to(dtype), self.w2.to(dtype)
             out_RH = grouped_mlp(
@@ -171,7 +202,7 @@ class MoELayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
-        """Draws all weights from a normal distribution with ``init_std``.
+        """Draws all weights from a normal distribution with ``init_std``; forgets the load.
 
         Every expert has its own stream of random numbers, made from the seed and the expert's
         global index: the same seed gives the same model whatever P is (on one kind of device).
@@ -187,11 +218,7 @@ class MoELayer(nn.Module):
             self.router.reset_parameters(self.init_std, generator)
         if self.shared_expert is not None:
             self.shared_expert.reset_parameters(self.init_std, generator)
-        for local in range(self.num_local_experts):
-            generator.manual_seed(seed + 1 + self.rank * self.num_local_experts + local)
-            for weight in (self.w13[local], self.w2[local]):
-                drawn = torch.empty_like(weight, dtype=torch.float32)
-                weight.copy_(drawn.normal_(0.0, self.init_std, generator=generator))
+        self._reset_experts(seed, self.init_std, generator)
 
     @classmethod
     def from_dense(
@@ -227,38 +254,6 @@ class MoELayer(nn.Module):
         layer.load_dense_state_dict(state)
         return layer
 
-    def load_dense_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads this rank's share of an unsharded layer's state dict. No communication.
-
-        Raises:
-            ValueError: ``w13`` or ``w2`` do not hold E experts.
-            RuntimeError: missing or unexpected keys, or other shapes (``load_state_dict``).
-        """
-        state = dict(state)
-        first = self.rank * self.num_local_experts
-        for name in ("w13", "w2"):
-            if name in state:
-                if state[name].shape[0] != self.num_experts:
-                    raise ValueError(
-                        f"{name} holds {state[name].shape[0]} experts, this layer has "
-                        f"{self.num_experts}: pass an unsharded state dict, or use load_state_dict "
-                        "for a shard"
-                    )
-                state[name] = state[name][first : first + self.num_local_experts]
-        self.load_state_dict(state)
-
-    @torch.no_grad()
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """The state dict of the unsharded layer, on every rank; all ranks of the group call it."""
-        state = dict(self.state_dict())
-        if self.world_size > 1:
-            for name in ("w13", "w2"):
-                shard = state[name].contiguous()
-                full = shard.new_empty(self.world_size, *shard.shape)
-                dist.all_gather(list(full.unbind()), shard, group=self.group)
-                state[name] = full.flatten(0, 1)
-        return state
-
     def close(self) -> None:
         """Frees the exchange buffers that the layer opened itself; all ranks call it together."""
         if self._owns_exchange and self.exchange is not None:
@@ -268,17 +263,9 @@ class MoELayer(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"hidden={self.hidden}, expert_hidden={self.expert_hidden}, top-{self.topk} of "
-            f"{self.num_experts} experts, {self.num_local_experts} on rank {self.rank} of "
+            f"{self.num_experts} experts, {self.num_local_slots} slots on rank {self.rank} of "
             f"{self.world_size}"
         )
-
-    def _mark_expert_parameters(self) -> None:
-        self.w13.expert_parallel = self.w2.expert_parallel = True
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        self._mark_expert_parameters()  # to_empty() of a meta layer makes new parameters
-        return self
 
     def _check_shape_and_device(self, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.hidden:
@@ -310,12 +297,14 @@ class MoELayer(nn.Module):
             self.exchange = Exchange(
                 self.group,
                 hidden=self.hidden,
-                num_experts=self.num_experts,
+                num_experts=self.num_slots,
                 topk=self.topk,
                 max_tokens=self.max_tokens,
                 dtype=x_TH.dtype,
                 backend=self.backend,
                 comm_sms=self.comm_sms,
+                form=self.form,
+                max_rows=self.max_rows,
                 device=x_TH.device,
             )
         limit = self.exchange.max_tokens
@@ -332,35 +321,23 @@ class MoELayer(nn.Module):
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         return max(1, int(largest))
 
-    def _check_sizes(self, shared_expert_hidden: int) -> None:
-        sizes = {"hidden": self.hidden, "expert_hidden": self.expert_hidden}
-        if shared_expert_hidden:
-            sizes["shared_expert_hidden"] = shared_expert_hidden
-        for name, value in sizes.items():
-            if value < 8 or value % 8:
-                raise ValueError(
-                    f"{name}={value} is not a positive multiple of 8: "
-                    f"pad it to {max(8, -(-value // 8) * 8)}"
-                )
-        experts, ranks = self.num_experts, self.world_size
-        if experts < 1 or experts % ranks:
+    def _check_sizes(self) -> None:
+        if self.shared_expert_hidden:
+            check_multiples_of_8(shared_expert_hidden=self.shared_expert_hidden)
+        if not 1 <= self.topk <= self.num_experts:
             raise ValueError(
-                f"num_experts={experts} does not divide over the group's {ranks} ranks: "
-                f"use a multiple of {ranks}, such as {max(1, -(-experts // ranks)) * ranks}"
-            )
-        if not 1 <= self.topk <= experts:
-            raise ValueError(
-                f"topk={self.topk} is outside 1..{experts}: choose at most num_experts={experts} "
-                "experts a token"
+                f"topk={self.topk} is outside 1..{self.num_experts}: choose at most "
+                f"num_experts={self.num_experts} experts a token"
             )
 
     def _check_exchange(self, exchange: Exchange) -> None:
-        for name in ("hidden", "num_experts", "topk", "world_size"):
-            theirs, ours = getattr(exchange, name), getattr(self, name)
+        sizes = {"hidden": self.hidden, "topk": self.topk, "world_size": self.world_size}
+        for name, ours in (sizes | {"num_experts": self.num_slots}).items():
+            theirs = getattr(exchange, name)
             if theirs != ours:
                 raise ValueError(
-                    f"the shared exchange has {name}={theirs}, the layer {ours}: "
-                    "share an exchange among layers of equal sizes only"
+                    f"the shared exchange has {name}={theirs}, the layer {ours}: share an exchange "
+                    "among layers of equal sizes only; its experts are the layer's slots"
                 )
 
     def _options(self) -> dict:
@@ -372,10 +349,12 @@ class MoELayer(nn.Module):
             "topk": self.topk,
             "backend": self.backend,
             "comm_sms": self.comm_sms,
+            "form": self.form,
             "num_sms": self.num_sms,
             "router": copy.deepcopy(self.router),
             "shared_expert_hidden": self.shared_expert_hidden,
             "aux_loss_coefficient": self.aux_loss_coefficient,
+            "load_decay": self._load.decay,
             "init_std": self.init_std,
             "dtype": self.w13.dtype,
             "device": self.w13.device,
@@ -383,7 +362,7 @@ class MoELayer(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """A dense SwiGLU for every token: ``w13`` [2S, H] (gate, then up), ``w2`` [H, S]."""
+    """A dense SwiGLU for every token: ``w13`` [2D, H] (gate, then up), ``w2`` [H, D]."""
 
     def __init__(self, hidden: int, width: int, *, dtype: torch.dtype, device=None) -> None:
         super().__init__()
