@@ -91,6 +91,7 @@ class MoELayer(PlacedExperts):
         group: a process group, a 1-D DeviceMesh, or None: all experts on this rank, and no process
             group needed. None does *not* mean the default group.
         backend, comm_sms, form, max_rows: see :class:`~dualpipe_ext.Exchange`.
+        payload: None or "fp8", what the forward's dispatch sends: see Exchange.dispatch.
         num_sms: streaming multiprocessors the expert GEMMs may take, None = all.
         router: ``"softmax"``, ``"sigmoid"``, or a module that maps x [T, H] to
             :class:`~dualpipe_ext.router.Routes`, for example a ``Router(H, E, K, kind="sigmoid",
@@ -125,6 +126,7 @@ class MoELayer(PlacedExperts):
         comm_sms: int = 16,
         form: str | None = None,
         max_rows: int | None = None,
+        payload: str | None = None,
         num_sms: int | None = None,
         router: str | nn.Module = "softmax",
         shared_expert_hidden: int = 0,
@@ -151,6 +153,7 @@ class MoELayer(PlacedExperts):
         self._check_sizes()
         self.backend, self.comm_sms, self.num_sms = backend, comm_sms, num_sms
         self.form, self.max_rows, self.max_tokens = form, max_rows, max_tokens
+        self.payload = payload
         self.aux_loss_coefficient, self.init_std = aux_loss_coefficient, init_std
         self.exchange, self._owns_exchange = exchange, exchange is None
         if exchange is not None:
@@ -190,14 +193,18 @@ class MoELayer(PlacedExperts):
             x_TH = x_TH.to(dtype)
             exchange = self._open_exchange(x_TH)
             plan = exchange.plan(self.choose_slots(routes.topk_idx))
-            rows_RH, weight_R = exchange.dispatch(x_TH, plan, topk_weight=routes.topk_weight)
+            # Queued between the plan and the dispatch, which waits on the host for its row count.
+            shared_TH = self.shared_expert(x_TH) if self.shared_expert is not None else None
+            rows_RH, weight_R = exchange.dispatch(
+                x_TH, plan, topk_weight=routes.topk_weight, payload=self.payload
+            )
             w13, w2 = self.w13.to(dtype), self.w2.to(dtype)
             out_RH = grouped_mlp(
                 rows_RH, weight_R, w13, w2, plan.expert_offsets, num_sms=self.num_sms
             )
             y_TH = exchange.combine(out_RH, plan)
-            if self.shared_expert is not None:
-                y_TH = y_TH + self.shared_expert(x_TH)
+            if shared_TH is not None:
+                y_TH = y_TH + shared_TH
         return y_TH.reshape(x.shape)
 
     @torch.no_grad()
@@ -350,6 +357,7 @@ class MoELayer(PlacedExperts):
             "backend": self.backend,
             "comm_sms": self.comm_sms,
             "form": self.form,
+            "payload": self.payload,
             "num_sms": self.num_sms,
             "router": copy.deepcopy(self.router),
             "shared_expert_hidden": self.shared_expert_hidden,
