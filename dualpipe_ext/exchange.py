@@ -7,28 +7,19 @@ in flight together, as DualPipe's overlapped pair needs (DeepSeek-V3 report, fig
 
 from __future__ import annotations
 
-import os
-import socket
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from .backend import choose_backend
+from .agreement import ExchangeOptions, agree_on_backend
 from .errors import ExchangeClosedError
-from .peer_memory import PeerMemory
 from .reference import ReferenceBackend
-from .routing import ROW_ALIGNMENT, Plan, RoutingLayout
+from .routing import Plan, RoutingLayout
 from .unique_rows import UniqueRows
 
-__all__ = ["CHANNELS", "Exchange", "choose_backend", "process_group"]
+__all__ = ["CHANNELS", "Exchange", "process_group"]
 
 CHANNELS = ("forward", "backward")
-FORMS = ("expert", "unique")
-MAX_TOPK = 32  # a route a lane of the warp that moves a token
-MAX_LOCAL_EXPERTS = 512  # the plan's prefix sums stay in shared memory
-NVLINK_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Exchange:
@@ -98,7 +89,18 @@ class Exchange:
         self.max_tokens, self.dtype, self.timeout = max_tokens, dtype, timeout
         self.form, self.max_rows = form or ("expert" if comm_sms else "unique"), max_rows
         self._backend, self._comm_sms = None, 0
-        self.backend, self.backend_reason = self._agree(backend)
+        options = ExchangeOptions(
+            hidden=hidden,
+            num_experts=num_experts,
+            topk=topk,
+            max_tokens=max_tokens,
+            dtype=dtype,
+            backend=backend,
+            form=self.form,
+            max_rows=max_rows,
+            timeout=timeout,
+        )
+        self.backend, self.backend_reason = agree_on_backend(options, self.group, self.device)
         self.layout = RoutingLayout(self.rank, self.world_size, num_experts, topk, max_tokens)
         if self.backend == "nvlink":
             from .nvlink import NvlinkBackend
@@ -317,111 +319,6 @@ class Exchange:
     def _weight_dtype(self) -> torch.dtype:
         return torch.promote_types(self.dtype, torch.float32)
 
-    def _agree(self, backend: str) -> tuple[str, str]:
-        """Check every rank's arguments everywhere, so that all ranks raise or none does."""
-        mine = {
-            "arguments": (
-                self.hidden,
-                self.num_experts,
-                self.topk,
-                self.max_tokens,
-                str(self.dtype),
-                backend,
-                self.form,
-                self.max_rows,
-            ),
-            "host": _host_identity(),
-            "rendezvous": PeerMemory.rendezvous,
-            "error": None,
-        }
-        choice = None
-        try:
-            self._check_arguments()
-            mine["choice"] = choice = self._choose_backend(backend)
-        except (TypeError, ValueError) as error:
-            mine["error"] = error
-        everyone = [mine]
-        if self.world_size > 1:
-            everyone = [None] * self.world_size
-            with _current(self.device):  # NCCL takes the current device
-                dist.all_gather_object(everyone, mine, group=self.group)
-        for rank, theirs in enumerate(everyone):
-            if theirs["error"] is not None:
-                raise type(theirs["error"])(f"rank {rank}: {theirs['error']}")
-            if theirs["arguments"] != everyone[0]["arguments"]:
-                raise ValueError(
-                    f"(hidden, num_experts, topk, max_tokens, dtype, backend, form, max_rows) is "
-                    f"{theirs['arguments']} on rank {rank}, but on rank 0 "
-                    f"{everyone[0]['arguments']}: pass the same on every rank"
-                )
-        if any(theirs["host"] != mine["host"] for theirs in everyone):
-            if backend == "nvlink":
-                raise ValueError(
-                    f"the group spans {len({t['host'] for t in everyone})} hosts, NVLink kernels "
-                    f'reach one: make the group from one host\'s ranks, or use backend="reference"'
-                )
-            return "reference", "the group spans several hosts"
-        for rank, theirs in enumerate(everyone):
-            if theirs["choice"][0] == "reference":
-                return "reference", f"rank {rank}: {theirs['choice'][1]}"
-        _check_rendezvous([theirs["rendezvous"] for theirs in everyone])
-        return choice
-
-    def _choose_backend(self, backend: str) -> tuple[str, str]:
-        name, reason = choose_backend(backend, self.device, self.world_size)
-        if name == "nvlink" and self.dtype not in NVLINK_DTYPES:
-            reason = f"the NVLink kernels move bfloat16 and float32 rows, not {self.dtype}"
-            if backend == "nvlink":
-                raise TypeError(f'{reason}: cast the rows, or use backend="reference"')
-            return "reference", reason
-        return name, reason
-
-    def _check_arguments(self) -> None:
-        for name in ("hidden", "num_experts", "topk", "max_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} is not a positive integer: pass 1 or more")
-        if self.hidden % 8:
-            raise ValueError(
-                f"hidden={self.hidden} is not a multiple of 8: "
-                f"pad the model width to {-(-self.hidden // 8) * 8}"
-            )
-        if self.num_experts % self.world_size:
-            fitting = -(-self.num_experts // self.world_size) * self.world_size
-            raise ValueError(
-                f"num_experts={self.num_experts} is not divisible by the {self.world_size} ranks "
-                f"of the group: use {fitting} experts"
-            )
-        if self.topk > min(self.num_experts, MAX_TOPK):
-            raise ValueError(
-                f"topk={self.topk} exceeds {min(self.num_experts, MAX_TOPK)} (the smaller of "
-                f"num_experts={self.num_experts} and {MAX_TOPK}): lower topk"
-            )
-        if self.num_local_experts > MAX_LOCAL_EXPERTS:
-            raise ValueError(
-                f"{self.num_local_experts} experts a rank exceed {MAX_LOCAL_EXPERTS}: "
-                f"shard them over more ranks"
-            )
-        if not self.dtype.is_floating_point:
-            raise TypeError(f"dtype={self.dtype} is not a floating-point type: use torch.bfloat16")
-        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
-            raise ValueError(
-                f"device={self.device} is not the current device {torch.cuda.current_device()}: "
-                f"call torch.cuda.set_device({self.device.index}) when the process starts"
-            )
-        if self.form not in FORMS:
-            raise ValueError(f'form={self.form!r}: choose "expert" or "unique"')
-        rows = self.max_rows
-        if rows is not None and (not isinstance(rows, int) or rows < 1 or rows % ROW_ALIGNMENT):
-            raise ValueError(
-                f"max_rows={rows!r} is not a positive multiple of {ROW_ALIGNMENT}, to which every "
-                f"expert's rows are padded: round it up"
-            )
-        if not self.timeout > 0:
-            raise ValueError(
-                f"timeout={self.timeout} s is not above 0: pass seconds, such as 100.0"
-            )
-
     def _count_sms(self, comm_sms: int | float) -> int:
         total = torch.cuda.get_device_properties(self.device).multi_processor_count
         count = comm_sms
@@ -528,29 +425,6 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-def _check_rendezvous(counts: list[int]) -> None:
-    """Refuse what would hang inside torch, see :class:`PeerMemory`."""
-    if min(counts) != max(counts):
-        raise ValueError(
-            f"the ranks of this group have opened {counts} NVLink exchanges so far, and torch's "
-            f"symmetric memory needs equally many on each: open the exchanges of the larger group "
-            f'first, or as many in every smaller group, or use backend="reference"'
-        )
-
-
-def _current(device: torch.device) -> AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _host_identity() -> str:
-    """Names this boot of this host: containers of one host share the boot id, not the host name."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return f"{socket.gethostname()}-{os.uname().version}"
 
 
 def _check_tensor(name: str, tensor, dtype: torch.dtype, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpipe_ext import Exchange
-from dualpipe_ext.exchange import choose_backend
+from dualpipe_ext.backend import choose_backend
 from tests.exchange_cases import (
     ROUTINGS,
     Case,
@@ -105,18 +105,18 @@ def test_nvlink_backend_says_what_the_gpus_lack(
 
 def _exchange_after_others(rank, group):
     """As if rank 1 had opened an exchange in a smaller group: torch's rendezvous would hang."""
-    from dualpipe_ext import exchange
+    from dualpipe_ext import agreement
     from dualpipe_ext.peer_memory import PeerMemory
 
-    original = exchange.choose_backend
-    exchange.choose_backend = lambda *args: ("nvlink", "pretended")
+    original = agreement.choose_backend
+    agreement.choose_backend = lambda *args: ("nvlink", "pretended")
     PeerMemory.rendezvous = int(rank == 1)
     try:
         Exchange(group, hidden=8, num_experts=4, topk=1, max_tokens=4, device="cpu")
     except ValueError as error:
         return str(error)
     finally:
-        exchange.choose_backend = original
+        agreement.choose_backend = original
         PeerMemory.rendezvous = 0
 
 

@@ -41,7 +41,7 @@ def test_one_rank_with_many_experts():
 def test_one_rank_gradients_and_bad_arguments():
     check_gradients(0, None, "nvlink")
     messages = check_bad_arguments(0, None, "nvlink")
-    assert any("comm_sms=10000 is outside [1, " in m for m in messages)
+    assert any("comm_sms=10000 is outside [0, " in m for m in messages)
 
 
 @four
