@@ -139,9 +139,9 @@ PYBIND11_MODULE(_C, m) {
            })
       .def("push",
            [](const Exchange& ex, int channel, uintptr_t x, uintptr_t topk_weight, bool fp8,
-              int tokens, uintptr_t plan, int sms, uintptr_t stream) {
-             launch_push(ex, {channel, pointer<void>(x), pointer<float>(topk_weight), fp8, tokens,
-                              pointer<int32_t>(plan), sms, pointer<void>(stream)});
+              bool pack, int tokens, uintptr_t plan, int sms, uintptr_t stream) {
+             launch_push(ex, {channel, pointer<void>(x), pointer<float>(topk_weight), fp8, pack,
+                              tokens, pointer<int32_t>(plan), sms, pointer<void>(stream)});
            })
       .def("pull",
            [](const Exchange& ex, int channel, uintptr_t topk_idx, int tokens, uintptr_t plan,
@@ -151,12 +151,12 @@ PYBIND11_MODULE(_C, m) {
                       pointer<void>(y), pointer<float>(topk_weight), sms, pointer<void>(stream)});
            })
       .def("copy",
-           [](const Exchange& ex, int channel, bool combine, bool weights,
+           [](const Exchange& ex, int channel, bool combine, bool weights, bool fp8,
               const std::vector<int64_t>& rows, const std::vector<uintptr_t>& copy_streams,
               const std::vector<uintptr_t>& events, uintptr_t stream) {
              const auto streams = pointers(copy_streams), ours = pointers(events);
-             launch_copy(ex, {channel, combine, weights, rows.data(), streams.data(), ours.data(),
-                              pointer<void>(stream)});
+             launch_copy(ex, {channel, combine, weights, fp8, rows.data(), streams.data(),
+                              ours.data(), pointer<void>(stream)});
            })
       .def("wait_outbox",
            [](const Exchange& ex, int channel, uintptr_t stream) {

@@ -39,11 +39,6 @@ __global__ void finish_copy(const __grid_constant__ Exchange ex, int operation) 
   if (threadIdx.x == 0) mine->epoch = epoch;
 }
 
-void copy(void* target, const void* source, int64_t bytes, cudaStream_t stream) {
-  check_cuda(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToDevice, stream),
-             "copy to a peer's inbox");
-}
-
 }  // namespace
 
 void launch_copy(const Exchange& ex, const CopyArgs& args) {
@@ -61,18 +56,18 @@ void launch_copy(const Exchange& ex, const CopyArgs& args) {
     const auto copies = static_cast<cudaStream_t>(args.copy_streams[target]);
     const int64_t mine = static_cast<int64_t>(ex.rank) * ex.max_tokens;
     const int64_t theirs = static_cast<int64_t>(target) * ex.max_tokens;
-    const char* from = ex.peer[ex.rank] + channel;
-    char* to = ex.peer[target] + channel;
+    const auto move = [&](int64_t inbox, int64_t outbox, int64_t row_bytes) {
+      check_cuda(cudaMemcpyAsync(ex.peer[target] + channel + inbox + mine * row_bytes,
+                                 ex.peer[ex.rank] + channel + outbox + theirs * row_bytes,
+                                 args.rows[target] * row_bytes, cudaMemcpyDeviceToDevice, copies),
+                 "copy to a peer's inbox");
+    };
     check_cuda(cudaStreamWaitEvent(copies, event(ex.ranks)), "cudaStreamWaitEvent");
     wait_target<<<1, 1, 0, copies>>>(ex, operation, target);
     check_cuda(cudaGetLastError(), "wait_target");
-    copy(to + layout.inbox + mine * ex.row_bytes(), from + layout.outbox + theirs * ex.row_bytes(),
-         args.rows[target] * ex.row_bytes(), copies);
-    if (args.weights) {
-      const int64_t bytes = ex.topk_stride() * 4;
-      copy(to + layout.inbox_weight + mine * bytes, from + layout.outbox_weight + theirs * bytes,
-           args.rows[target] * bytes, copies);
-    }
+    move(layout.inbox, layout.outbox, args.fp8 ? ex.hidden : ex.row_bytes());
+    if (args.weights) move(layout.inbox_weight, layout.outbox_weight, ex.topk_stride() * 4);
+    if (args.fp8) move(layout.inbox_scale, layout.outbox_scale, ex.scale_stride() * 4);
     tell_target<<<1, 1, 0, copies>>>(ex, operation, target);
     check_cuda(cudaGetLastError(), "tell_target");
     check_cuda(cudaEventRecord(event(target), copies), "cudaEventRecord");

@@ -1,5 +1,6 @@
 // Dispatch of unique rows: every rank pushes its tokens into the inboxes of the ranks they go to,
-// where the expansion into expert order is somebody else's work.
+// where the expansion into expert order is somebody else's work. Or it packs them for the copy
+// engines.
 //
 // A row is read once, where it lies, and stored from shared memory to every rank: 8 SMs fill the
 // link. As fp8 it is quantised on the way, 1 × 128 columns a scale (DeepSeek-V3 report, section
@@ -16,28 +17,33 @@ namespace {
 
 constexpr uint32_t kAllLanes = 0xffffffff;
 
-// The places of this rank's rows in the inboxes of all ranks.
-struct Inboxes {
+// Where rows for each rank go: into this rank's part of their inboxes, or, to be packed, into their
+// part of its outbox.
+struct Targets {
   const Exchange& ex;
   SymmetricLayout layout;
   int channel;
+  bool pack;
 
-  __device__ Inboxes(const Exchange& exchange, int channel)
-      : ex(exchange), layout(exchange), channel(channel) {}
+  __device__ Targets(const Exchange& exchange, int channel, bool pack)
+      : ex(exchange), layout(exchange), channel(channel), pack(pack) {}
 
-  __device__ int64_t place(int row) const {
-    return static_cast<int64_t>(ex.rank) * ex.max_tokens + row;
-  }
   __device__ char* row(int rank, int row, int row_bytes) const {
-    return channel_of(ex, layout, rank, channel) + layout.inbox + place(row) * row_bytes;
+    return at(rank, row, pack ? layout.outbox : layout.inbox, row_bytes);
   }
   __device__ float* weights(int rank, int row) const {
-    return reinterpret_cast<float*>(channel_of(ex, layout, rank, channel) + layout.inbox_weight) +
-           place(row) * ex.topk_stride();
+    return reinterpret_cast<float*>(
+        at(rank, row, pack ? layout.outbox_weight : layout.inbox_weight, ex.topk_stride() * 4));
   }
   __device__ float* scales(int rank, int row) const {
-    return reinterpret_cast<float*>(channel_of(ex, layout, rank, channel) + layout.inbox_scale) +
-           place(row) * ex.scale_stride();
+    return reinterpret_cast<float*>(
+        at(rank, row, pack ? layout.outbox_scale : layout.inbox_scale, ex.scale_stride() * 4));
+  }
+
+ private:
+  __device__ char* at(int rank, int row, int64_t box, int row_bytes) const {
+    const int64_t place = static_cast<int64_t>(pack ? rank : ex.rank) * ex.max_tokens + row;
+    return channel_of(ex, layout, pack ? ex.rank : rank, channel) + box + place * row_bytes;
   }
 };
 
@@ -68,17 +74,17 @@ __device__ void finish_push(const Exchange& ex, int operation, uint64_t epoch) {
 // A row goes to every rank that has an expert of its token; lane q serves rank q.
 struct Ranks {
   const Exchange& ex;
-  const Inboxes inboxes;
+  const Targets targets;
   int operation;
   uint64_t epoch;
 
-  __device__ bool ready() const { return wait_begun(ex, operation, epoch); }
+  __device__ bool ready() const { return targets.pack || wait_begun(ex, operation, epoch); }
   __device__ char* row(int lane, const int32_t* rows) const {
     const int row = lane < ex.ranks ? rows[lane] : -1;
-    return row < 0 ? nullptr : inboxes.row(lane, row, ex.row_bytes());
+    return row < 0 ? nullptr : targets.row(lane, row, ex.row_bytes());
   }
   __device__ void weights(int lane, const int32_t* rows, const float* weights) const {
-    bulk_store(inboxes.weights(lane, rows[lane]), weights, ex.topk_stride() * 4);
+    bulk_store(targets.weights(lane, rows[lane]), weights, ex.topk_stride() * 4);
   }
 };
 
@@ -93,9 +99,9 @@ __global__ void __launch_bounds__(kRingMaxWarps * 32, 1)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) next = 0;
   if (__syncthreads_or(aborted(ex))) return;
-  if (blockIdx.x == 0 && warp == 0) signal_begun(ex, operation, epoch);
+  if (blockIdx.x == 0 && warp == 0 && !args.pack) signal_begun(ex, operation, epoch);
 
-  Ranks ranks{ex, Inboxes(ex, args.channel), operation, epoch};
+  Ranks ranks{ex, Targets(ex, args.channel, args.pack), operation, epoch};
   RowRing<Ranks> ring(shape, ranks, stages + warp * shape.stages * shape.stage_bytes,
                       barriers + warp * kRingMaxStages);
   const int32_t* send_rows = args.plan + PlanLayout(ex).send_rows;
@@ -113,7 +119,7 @@ __global__ void __launch_bounds__(kRingMaxWarps * 32, 1)
   }
   ok = ring.drain() && ok;
   fence_proxy_async_global();
-  if (__syncthreads_and(ok)) finish_push(ex, operation, epoch);
+  if (__syncthreads_and(ok) && !args.pack) finish_push(ex, operation, epoch);
 }
 
 // Quantising: 16 warps × 2 × (4 KB of bf16 + 2 KB of fp8 with scales) = 200 KB. Rows of 7168 are
@@ -226,7 +232,7 @@ __global__ void __launch_bounds__(kQuantWarps * 32, 1)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x == 0) next = 0;
   if (__syncthreads_or(aborted(ex))) return;
-  if (blockIdx.x == 0 && warp == 0) signal_begun(ex, operation, epoch);
+  if (blockIdx.x == 0 && warp == 0 && !args.pack) signal_begun(ex, operation, epoch);
 
   if (lane == 0) {
     for (uint64_t& barrier : barriers[warp]) mbarrier_init(&barrier, 1);
@@ -236,7 +242,7 @@ __global__ void __launch_bounds__(kQuantWarps * 32, 1)
   char* mine = buffers + warp * shape.warp_bytes();
   const auto in = [&](uint32_t n) { return mine + n % 2 * shape.in_bytes; };
   const auto out = [&](uint32_t n) { return mine + 2 * shape.in_bytes + n % 2 * shape.out_bytes; };
-  const Inboxes inboxes(ex, args.channel);
+  const Targets targets(ex, args.channel, args.pack);
   const int32_t* send_rows = args.plan + PlanLayout(ex).send_rows;
   const int units = args.tokens * shape.pieces;
 
@@ -267,7 +273,7 @@ __global__ void __launch_bounds__(kQuantWarps * 32, 1)
   };
 
   Piece piece = fetch();
-  const bool ok = wait_begun(ex, operation, epoch);
+  const bool ok = args.pack || wait_begun(ex, operation, epoch);
   // No load may outlive the CTA.
   if (!ok && piece.columns > 0) mbarrier_wait(&barriers[warp][0], 0);
   for (uint32_t n = 0; ok && piece.columns > 0; ++n) {
@@ -281,7 +287,7 @@ __global__ void __launch_bounds__(kQuantWarps * 32, 1)
     fence_proxy_async_shared();
     __syncwarp();
     if (piece.row >= 0) {
-      bulk_store(inboxes.row(lane, piece.row, ex.hidden) + piece.column, data, piece.columns);
+      bulk_store(targets.row(lane, piece.row, ex.hidden) + piece.column, data, piece.columns);
     }
     bulk_commit();
     // The small rest by ordinary stores: its sizes need not be multiples of 16 bytes.
@@ -289,10 +295,10 @@ __global__ void __launch_bounds__(kQuantWarps * 32, 1)
       const int rank = __ffs(left) - 1;
       const int there = __shfl_sync(kAllLanes, piece.row, rank);
       if (lane * kBlock < piece.columns) {
-        inboxes.scales(rank, there)[piece.column / kBlock + lane] = scales[lane];
+        targets.scales(rank, there)[piece.column / kBlock + lane] = scales[lane];
       }
       if (args.topk_weight && piece.column == 0 && lane < ex.topk) {
-        inboxes.weights(rank, there)[lane] =
+        targets.weights(rank, there)[lane] =
             args.topk_weight[static_cast<int64_t>(piece.token) * ex.topk_stride() + lane];
       }
     }
@@ -302,7 +308,7 @@ __global__ void __launch_bounds__(kQuantWarps * 32, 1)
   bulk_wait_all();
   fence_proxy_async_global();
   __threadfence_system();
-  if (__syncthreads_and(ok)) finish_push(ex, operation, epoch);
+  if (__syncthreads_and(ok) && !args.pack) finish_push(ex, operation, epoch);
 }
 
 // Rows one behind the other to every other rank in turn, one thread a warp.
@@ -312,7 +318,7 @@ __global__ void __launch_bounds__(kRingMaxWarps * 32, 1)
   extern __shared__ __align__(128) char stages[];
   __shared__ uint64_t loaded[kRingMaxWarps * kRingMaxStages];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const Inboxes inboxes(ex, 0);
+  const Targets targets(ex, 0, false);
   const int64_t units = static_cast<int64_t>(rows) * (ex.ranks - 1) * shape.pieces;
   const int64_t step = static_cast<int64_t>(shape.warps) * gridDim.x;
   const int64_t first = warp * gridDim.x + blockIdx.x;
@@ -342,7 +348,7 @@ __global__ void __launch_bounds__(kRingMaxWarps * 32, 1)
     const int slot = n % shape.stages;
     mbarrier_wait(&barriers[slot], n / shape.stages & 1);
     const int target = (ex.rank + 1 + row % (ex.ranks - 1)) % ex.ranks;
-    bulk_store(inboxes.row(target, row / (ex.ranks - 1) % ex.max_tokens, shape.row_bytes) +
+    bulk_store(targets.row(target, row / (ex.ranks - 1) % ex.max_tokens, shape.row_bytes) +
                    unit % shape.pieces * shape.piece_bytes,
                stages + (warp * shape.stages + slot) * shape.stage_bytes, bytes_of(unit));
     bulk_commit();

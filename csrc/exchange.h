@@ -86,8 +86,8 @@ struct SymmetricLayout {
   int64_t signals, abort, routing, routing_stride;
   int64_t channel, channel_stride;  // the rest is relative to a channel's start
   // Unique rows, by the rank that the token belongs to: [P][T][H], [P][T][topk_stride] fp32,
-  // [P][T][scale_stride] fp32 for fp8 rows, which lie one behind the other in the inbox.
-  int64_t inbox, inbox_weight, inbox_scale, outbox, outbox_weight;
+  // [P][T][scale_stride] fp32 for fp8 rows, which lie one behind the other in the box.
+  int64_t inbox, inbox_weight, inbox_scale, outbox, outbox_weight, outbox_scale;
   int64_t x, weight;                // what dispatch pulls: [T][H], [T][topk_stride] fp32
   int64_t partial, partial_weight;  // what combine receives: [T][partials][H], [T][K] fp32
   int64_t partial_ready;            // [P][T] uint64: the epoch of that rank's partial of a token
@@ -108,7 +108,8 @@ struct SymmetricLayout {
     inbox_scale = inbox_weight + align_up(boxed * ex.topk_stride() * 4);
     outbox = inbox_scale + align_up(boxed * ex.scale_stride() * 4);
     outbox_weight = outbox + align_up(boxed * ex.row_bytes());
-    x = outbox_weight + align_up(boxed * ex.topk_stride() * 4);
+    outbox_scale = outbox_weight + align_up(boxed * ex.topk_stride() * 4);
+    x = outbox_scale + align_up(boxed * ex.scale_stride() * 4);
     weight = x + align_up(handed * ex.row_bytes());
     partial = weight + align_up((ex.unique ? 0 : tokens) * ex.topk_stride() * 4);
     partial_weight = partial + align_up(handed * ex.partials() * ex.row_bytes());
@@ -190,12 +191,14 @@ struct CombineArgs {
   void* stream;
 };
 
-// Unique rows: x to the inboxes of the ranks that it goes to.
+// Unique rows: x to the inboxes of the ranks that it goes to, or to what of this rank's outbox is
+// for them, from where copy engines take it.
 struct PushArgs {
   int channel;
   const void* x;             // [T][H]
   const float* topk_weight;  // [T][topk_stride]; null without weights, or without tokens
   bool fp8;                  // quantise the bf16 rows
+  bool pack;                 // into the outbox, without a word to the peers
   int tokens;
   const int32_t* plan;
   int sms;
@@ -217,8 +220,8 @@ struct PullArgs {
 // Unique rows by copy engine, from this rank's outbox to the inboxes.
 struct CopyArgs {
   int channel;
-  bool combine;  // this is a combine, else a dispatch
-  bool weights;
+  bool combine;               // this is a combine, else a dispatch
+  bool weights, fp8;          // what travels
   const int64_t* rows;        // [P] how many for each rank; on the host, as the rest
   void* const* copy_streams;  // [P] one for each rank
   void* const* events;        // [P + 1] of ours, to order the streams

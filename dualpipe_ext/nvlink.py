@@ -286,28 +286,22 @@ class NvlinkBackend:
         stride = boxes["inbox_weight"].shape[2]
         if topk_weight is not None and stride != self.layout.topk:
             topk_weight = torch.nn.functional.pad(topk_weight, (0, stride - self.layout.topk))
-        if self.comm_sms == 0:
-            weighted = topk_weight is not None
-            expert_rows.pack(
-                x,
-                plan.send_rows,
-                self.sums(plan, channel),
-                topk_weight=topk_weight,
-                packed_weight=boxes["outbox_weight"] if weighted else None,
-                num_sms=self.num_sms,
-            )
-            self._copy(plan, channel, combine=False, weighted=weighted)
-        else:
-            self._exchange.push(
-                _CHANNEL_INDEX[channel],
-                x.data_ptr(),
-                _address(topk_weight),
-                payload == "fp8",
-                len(x),
-                plan.tables.data_ptr(),
-                self.comm_sms,
-                self._stream(),
-            )
+        copies = self.comm_sms == 0  # then compute SMs pack the outbox
+        if copies:
+            self._exchange.wait_outbox(_CHANNEL_INDEX[channel], self._stream())
+        self._exchange.push(
+            _CHANNEL_INDEX[channel],
+            x.data_ptr(),
+            _address(topk_weight),
+            payload == "fp8",
+            copies,
+            len(x),
+            plan.tables.data_ptr(),
+            self.num_sms if copies else self.comm_sms,
+            self._stream(),
+        )
+        if copies:
+            self._copy(plan, channel, weighted=topk_weight is not None, fp8=payload == "fp8")
         weights = None if topk_weight is None else boxes["inbox_weight"][:, :, : self.layout.topk]
         if payload == "fp8":
             return boxes["inbox_fp8"], boxes["inbox_scale"], weights
@@ -345,12 +339,21 @@ class NvlinkBackend:
         )
         return y, topk_weight
 
-    def _copy(self, plan: NvlinkPlan, channel: str, *, combine: bool, weighted: bool) -> None:
+    def _copy(
+        self,
+        plan: NvlinkPlan,
+        channel: str,
+        *,
+        weighted: bool,
+        combine: bool = False,
+        fp8: bool = False,
+    ) -> None:
         boxes = self._boxes[channel]
         self._exchange.copy(
             _CHANNEL_INDEX[channel],
             combine,
             weighted,
+            fp8,
             plan.tokens_for_ranks(combine=combine),
             [stream.cuda_stream for stream in boxes["streams"]],
             [event.cuda_event for event in boxes["events"]],

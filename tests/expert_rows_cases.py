@@ -180,30 +180,6 @@ def home_tables(case: Case, device: str) -> tuple[Tables, torch.Tensor, torch.Te
     return t, idx.int(), send.int(), local
 
 
-def check_pack(kernels, case: Case, dtype, device="cpu", num_sms=3) -> None:
-    t, idx, send, _ = home_tables(case, device)
-    P, T = len(case.counts), len(idx)
-    x = t.random(T, case.H, dtype=dtype)
-    weight = t.random(T, case.K, dtype=torch.float32)
-    packed = t.poison(P, case.max_tokens, case.H, dtype=dtype)
-    packed_weight = t.poison(P, case.max_tokens, case.K, dtype=torch.float32)
-
-    want, want_weight = packed.cpu().clone(), packed_weight.cpu().clone()
-    for token in range(T):
-        for p, position in enumerate(send[token].tolist()):
-            if position >= 0:
-                want[p, position] = x[token].cpu()
-                want_weight[p, position] = weight[token].cpu()
-
-    send = t.table(send, GARBAGE_ROW)
-    kernels.pack(x, send, packed, num_sms=num_sms, topk_weight=weight, packed_weight=packed_weight)
-    assert torch.equal(packed.cpu(), want)
-    assert torch.equal(packed_weight.cpu(), want_weight)
-    packed.fill_(POISON)
-    kernels.pack(x, send, packed, num_sms=num_sms)
-    assert torch.equal(packed.cpu(), want)
-
-
 def check_sum_at_home(kernels, case: Case, dtype, device="cpu", num_sms=3) -> None:
     t, idx, send, local = home_tables(case, device)
     P, T = len(case.counts), len(idx)
@@ -242,7 +218,7 @@ def check_sum_at_home(kernels, case: Case, dtype, device="cpu", num_sms=3) -> No
     assert torch.equal(again, y)
 
 
-CHECKS = (check_expand, check_sum_per_rank, check_pack, check_sum_at_home)
+CHECKS = (check_expand, check_sum_per_rank, check_sum_at_home)
 
 
 def main() -> None:

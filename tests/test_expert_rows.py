@@ -261,7 +261,6 @@ def launch(name, dtype=torch.bfloat16, H=7168, K=8, P=4, fp8=False, weighted=Tru
             (rows, routes, counts, boxes),
             dict(row_weight=of_rows, sum_weight=of_boxes),
         ),
-        "pack": ((x, send, boxes), dict(topk_weight=of_tokens, packed_weight=of_boxes)),
         "sum_at_home": (
             (boxes, send, x),
             dict(
@@ -291,7 +290,7 @@ LAUNCHES = {
     ("name", "options"),
     [
         pytest.param(name, options, id=f"{name}: {case}")
-        for name in ("expand", "sum_per_rank", "pack", "sum_at_home")
+        for name in ("expand", "sum_per_rank", "sum_at_home")
         for case, options in LAUNCHES.items()
     ]
     + [pytest.param("expand", dict(fp8=True, H=H), id=f"expand: fp8, H {H}") for H in (136, 7168)],
@@ -333,7 +332,7 @@ def test_sizes_share_one_compilation():
     pytest.importorskip("triton")
     from dualpipe_ext.triton_kernels import expert_rows as kernels
 
-    for name in ("expand", "sum_per_rank", "pack", "sum_at_home"):
+    for name in ("expand", "sum_per_rank", "sum_at_home"):
         for parameter in getattr(kernels, f"{name}_kernel").params:
             if parameter.name.endswith("_ptr"):
                 assert not parameter.do_not_specialize

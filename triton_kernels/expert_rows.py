@@ -2,10 +2,9 @@
 
 expand        [P, T, H] → [R, H]   every unique row to its up to K places, from fp8 if it came so
 sum_per_rank  [R, H] → [P, T, H]   the way back: a token's rows of this rank become one
-pack          [T, H] → [P, T, H]   a token to its place in the outbox of every rank it goes to
-sum_at_home   [P, T, H] → [T, H]   the way back: the ranks' sums of a token become y
+sum_at_home   [P, T, H] → [T, H]   the ranks' sums of a token, brought home by copy engine, become y
 
-Letters: P ranks, T tokens a rank at most (of pack's and sum_at_home's [T, H]: this rank's), H
+Letters: P ranks, T tokens a rank at most (of sum_at_home's [T, H]: this rank's), H
 hidden, K routes a token, L local experts, R rows in expert order.
 
 Every unique row is read once and every expert row written once, or the reverse. All kernels are
@@ -42,7 +41,7 @@ from .row_tiles import (
     vector_strides,
 )
 
-__all__ = ["EXPAND", "SUM", "expand", "pack", "sum_at_home", "sum_per_rank"]
+__all__ = ["EXPAND", "SUM", "expand", "sum_at_home", "sum_per_rank"]
 
 # An H200 copies 4 TB/s, 30 bytes a ns and SM, so at 1 µs of loaded latency 30 KB must be in flight.
 # Top-8 of 64 on 4 ranks: expand reads 1 byte for 2.2 that it writes, 32 · 32 · 2 · 16 B = 32 KB at
@@ -197,58 +196,6 @@ def sum_per_rank_kernel(
             tl.store(sums, value, mask=exists[:, None, None] & inside)
         source, first, count = after
         routes = routes_after
-
-
-@row_kernel
-def pack_kernel(
-    x_ptr,
-    x_row,
-    num_tokens,
-    routes_table,
-    routes_row,
-    packed_ptr,
-    packed_source,
-    packed_row,
-    max_tokens,
-    weight_table,
-    weight_row,
-    packed_weight_table,
-    packed_weight_source,
-    packed_weight_row,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    K: tl.constexpr,
-    K_POW2: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr = BLOCK,
-):
-    CHUNKS: tl.constexpr = (H + CHUNK - 1) // CHUNK
-    if weight_table is not None:
-        for block in range(last_first(), tl.cdiv(num_tokens, BLOCK), tl.num_programs(0)):
-            row, k, exists = locate_routes(block * BLOCK, num_tokens, BLOCK, K, K_POW2)
-            weight = tl.load(weight_table + row * weight_row + k, mask=exists)
-            for p in tl.static_range(P):
-                route = tl.load(
-                    routes_table + row * routes_row + p, mask=row < num_tokens, other=-1
-                )
-                target = packed_weight_table + p * packed_weight_source
-                target += route * packed_weight_row + k
-                tl.store(target, weight, mask=exists & (route >= 0) & (route < max_tokens))
-
-    num_tiles = tl.cdiv(num_tokens, ROWS) * CHUNKS
-    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        first = tile // CHUNKS * ROWS
-        row = first + tl.arange(0, ROWS)
-        exists = row < num_tokens
-        column = locate_columns(tile, CHUNKS, CHUNK)
-        inside = column < H
-        x = x_ptr + offset(row, x_row)[:, None, None] + column
-        value = tl.load(x, mask=exists[:, None, None] & inside)
-        routes = load_routes(routes_table, routes_row, first, num_tokens, ROWS, P)
-        scatter_rows(
-            value, packed_ptr, packed_source, packed_row, routes, max_tokens, column, inside
-        )
 
 
 @row_kernel
@@ -412,48 +359,6 @@ def sum_per_rank(
     )
 
 
-def pack(
-    x: torch.Tensor,
-    send_rows: torch.Tensor,
-    packed: torch.Tensor,
-    *,
-    num_sms: int,
-    topk_weight: torch.Tensor | None = None,
-    packed_weight: torch.Tensor | None = None,
-    config: RowConfig = EXPAND,
-) -> None:
-    """Copies every token to the outbox of each rank that it goes to.
-
-    x              [T, H]
-    send_rows      [T, P] int32 place in each rank's outbox, −1 none
-    packed         [P, max_tokens, H]
-    topk_weight    [T, K] fp32, copied to packed_weight [P, max_tokens, ≥ K] fp32; both or none
-
-    With send_rows[5] = [−1, 3], packed[1, 3] becomes x[5].
-    """
-    T, P = send_rows.shape
-    K = 1 if topk_weight is None else topk_weight.shape[1]
-    shape, tile_rows, chunks = config.launch(x, P)
-    pack_kernel[_grid(num_sms, triton.cdiv(T, tile_rows) * chunks)](
-        x,
-        *vector_strides(x),
-        T,
-        send_rows,
-        *outer_strides(send_rows, 1),
-        packed,
-        *vector_strides(packed),
-        packed.shape[1],
-        topk_weight,
-        *outer_strides(topk_weight, 1),
-        packed_weight,
-        *outer_strides(packed_weight, 2),
-        P=P,
-        K=K,
-        K_POW2=triton.next_power_of_2(K),
-        **shape,
-    )
-
-
 def sum_at_home(
     received: torch.Tensor,
     send_rows: torch.Tensor,
@@ -466,7 +371,7 @@ def sum_at_home(
     num_local_experts: int = 1,
     config: RowConfig = SUM,
 ) -> None:
-    """Adds the ranks' sums of every token: the transpose of `pack`.
+    """Adds the ranks' sums of every token.
 
     received         [P, max_tokens, H]
     send_rows        [T, P] int32 place in each rank's part, −1 none
