@@ -10,6 +10,7 @@ can (GEMMs on the SMs that communication leaves), a micro-batch. Example::
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 
 import torch
@@ -29,7 +30,7 @@ SHAPES = {
 def layer_of(shape: str, exchange: Exchange) -> MoELayer:
     _, hidden, width, experts, topk = SHAPES[shape]
     torch.manual_seed(0)
-    layer = MoELayer(
+    return MoELayer(
         hidden=hidden,
         expert_hidden=width,
         num_experts=experts,
@@ -39,66 +40,77 @@ def layer_of(shape: str, exchange: Exchange) -> MoELayer:
         dtype=torch.bfloat16,
         device="cuda",
     )
-    for weight in (layer.w13, layer.w2):
-        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
-    return layer
 
 
 def step(layer: MoELayer, x: torch.Tensor) -> None:
+    layer.zero_grad()
+    x.grad = None
     y = layer(x)
     torch.autograd.backward([y, layer.aux_loss], [torch.ones_like(y), None])
 
 
-def overlapped(layers: list[MoELayer], inputs, streams) -> None:
-    """Two micro-batches, each on a stream and an exchange of its own."""
-    here = torch.cuda.current_stream()
-    for layer, x, stream in zip(layers, inputs, streams, strict=True):
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            step(layer, x)
-    for stream in streams:
-        here.wait_stream(stream)
+class MicroBatches:
+    """Two micro-batches of one shape and form, each with a layer, an exchange and a stream."""
 
+    def __init__(self, shape: str, form: str):
+        tokens, hidden, _, experts, topk = SHAPES[shape]
+        sizes = dict(hidden=hidden, num_experts=experts, topk=topk, max_tokens=tokens)
+        self.streams = [torch.cuda.Stream() for _ in range(2)]
+        self.exchanges = [Exchange(dist.group.WORLD, form=form, **sizes) for _ in self.streams]
+        self.layers = [layer_of(shape, exchange) for exchange in self.exchanges]
+        options = dict(device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        self.inputs = [torch.randn(tokens, hidden, **options) for _ in self.streams]
+        self.total_sms = torch.cuda.get_device_properties("cuda").multi_processor_count
 
-def measure_form(shape: str, form: str, args: argparse.Namespace, rank: int) -> list[dict]:
-    tokens, hidden, _, experts, topk = SHAPES[shape]
-    sizes = dict(hidden=hidden, num_experts=experts, topk=topk, max_tokens=tokens)
-    total = torch.cuda.get_device_properties(rank).multi_processor_count
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    exchanges = [Exchange(dist.group.WORLD, form=form, **sizes) for _ in streams]
-    layers = [layer_of(shape, exchange) for exchange in exchanges]
-    inputs = [
-        torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for _ in streams
-    ]
+    def alone(self, comm_sms: int) -> None:
+        self._set(comm_sms, self.total_sms)
+        step(self.layers[0], self.inputs[0])
 
-    def time(launch, comm_sms: int, num_sms: int) -> float:
-        for layer, exchange in zip(layers, exchanges, strict=True):
+    def overlapped(self, comm_sms: int) -> None:
+        self._set(comm_sms, self.total_sms - comm_sms)
+        here = torch.cuda.current_stream()
+        for layer, x, stream in zip(self.layers, self.inputs, self.streams, strict=True):
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                step(layer, x)
+        for stream in self.streams:
+            here.wait_stream(stream)
+
+    def _set(self, comm_sms: int, num_sms: int) -> None:
+        for layer, exchange in zip(self.layers, self.exchanges, strict=True):
             exchange.comm_sms = comm_sms
             layer.num_sms = exchange.num_sms = num_sms
-        return time_in_turn({"step": launch}, args.repeats, 2)["step"]
 
-    results = []
-    for comm_sms in args.sms:
-        if comm_sms == 0 and form == "expert":
-            continue
-        alone = time(lambda: step(layers[0], inputs[0]), comm_sms, total)
-        both = time(lambda: overlapped(layers, inputs, streams), comm_sms, total - comm_sms)
-        record = {"shape": shape, "form": form, "comm_sms": comm_sms}
-        record |= {"alone_us": round(alone, 1), "overlapped_us": round(both / len(layers), 1)}
-        print_progress(rank, str(record))
-        results.append(record)
-    for exchange in exchanges:
-        exchange.close()
-    return results
+    def close(self) -> None:
+        for exchange in self.exchanges:
+            exchange.close()
+
+
+def measure_shape(shape: str, args: argparse.Namespace, rank: int) -> list[dict]:
+    forms = {form: MicroBatches(shape, form) for form in ("expert", "unique")}
+    variants = {}
+    for form, batches in forms.items():
+        for sms in args.sms:
+            if sms or form == "unique":
+                variants[form, sms, "alone_us"] = functools.partial(batches.alone, sms)
+                variants[form, sms, "overlapped_us"] = functools.partial(batches.overlapped, sms)
+    times = time_in_turn(variants, args.repeats, 2)
+    results = {}
+    for (form, sms, name), us in times.items():
+        record = {"shape": shape, "form": form, "comm_sms": sms}
+        record = results.setdefault((form, sms), record)
+        record[name] = round(us / (2 if name == "overlapped_us" else 1), 1)
+    for batches in forms.values():
+        batches.close()
+    print_progress(rank, f"shape {shape} done")
+    return list(results.values())
 
 
 def measure(args: argparse.Namespace, rank: int, world_size: int) -> None:
     result = describe_run("bench/layer.py", args, world_size, {"shapes": SHAPES})
     result["results"] = []
     for shape in args.shapes:
-        for form in ("expert", "unique"):
-            result["results"] += measure_form(shape, form, args, rank)
+        result["results"] += measure_shape(shape, args, rank)
         if rank == 0 and args.json:
             write_json(args.json, result)
     if rank == 0:

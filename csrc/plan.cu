@@ -2,7 +2,7 @@
 //
 // Rows are ordered by (expert, source rank, token, k). Two launches, no grid-wide barrier:
 //   gather_and_count  every rank pushes its routing to all, then counts each chunk of 128 tokens
-//   assign            every chunk sums the counts before it and ranks its own routes by ballots
+//   assign            every chunk sums the counts before it and ranks its own routes
 // Example with L = 2, K = 1, two ranks that route [0, 1, 0] and [1, 0]: expert 0 gets
 // (rank 0, token 0), (rank 0, token 2), (rank 1, token 1) as rows 0 to 2, expert 1 starts at row
 // 128.
@@ -250,44 +250,42 @@ __device__ void sum_chunks(const Exchange& ex, const Plan& plan, int first, int3
   __syncthreads();
 }
 
+// A chunk's tokens in segments of 32, each of them ranked by one warp.
+constexpr int kSegments = kPlanChunk / 32;
+
 // A batch of chunks in shared memory.
 struct Batch {
   int chunks;        // that it has room for
-  int32_t* slots;    // [chunks][kPlanChunk * K]
-  int32_t* next;     // [chunks][L] the first row of each expert
+  int32_t* first;    // [chunks][kSegments][L] rows of each expert, then the first of them
   int32_t* arrival;  // [chunks][kPlanChunk] a token's place in the arrivals, or −1
   int16_t* experts;  // [chunks][kPlanChunk * K] local expert, or −1
+  int16_t* rank;     // [chunks][kPlanChunk * K] among the segment's routes to the same expert
 
   DUALPIPE_HD static int chunk_bytes(const Exchange& ex) {
-    return kPlanChunk * ex.topk * 6 + kPlanChunk * 4 + ex.local_experts() * 4;
+    return kSegments * ex.local_experts() * 4 + kPlanChunk * (ex.topk * 4 + 4);
   }
   __device__ Batch(const Exchange& ex, char* shared) {
     chunks = kAssignBytes / chunk_bytes(ex);
-    slots = reinterpret_cast<int32_t*>(shared);
-    next = slots + chunks * kPlanChunk * ex.topk;
-    arrival = next + chunks * ex.local_experts();
+    first = reinterpret_cast<int32_t*>(shared);
+    arrival = first + chunks * kSegments * ex.local_experts();
     experts = reinterpret_cast<int16_t*>(arrival + chunks * kPlanChunk);
+    rank = experts + chunks * kPlanChunk * ex.topk;
   }
 };
 
-// One warp walks a chunk's routes to one expert 32 at a time; the ballot ranks them.
-__device__ void rank_routes(const int16_t* experts, int routes, int expert, int next,
-                            int32_t* slots) {
-  constexpr int kAhead = 4;  // loads in flight
+// One warp ranks a segment's routes, 32 at a time in (token, k) order, among those to the same
+// expert, and counts them.
+__device__ void rank_segment(const int16_t* experts, int routes, int32_t* counts, int16_t* ranks) {
   const int lane = threadIdx.x % 32;
-  for (int first = 0; first < routes; first += kAhead * 32) {
-    bool match[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int route = first + i * 32 + lane;
-      match[i] = route < routes && experts[route] == expert;
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const uint32_t matches = __ballot_sync(kAllLanes, match[i]);
-      if (match[i]) slots[first + i * 32 + lane] = next + __popc(matches & ((1u << lane) - 1));
-      next += __popc(matches);
-    }
+  for (int route = lane; route < routes; route += 32) {
+    const int expert = experts[route];
+    const uint32_t same = __match_any_sync(kAllLanes, expert);
+    const uint32_t earlier = same & ((1u << lane) - 1);
+    const int before = expert >= 0 ? counts[expert] : 0;
+    ranks[route] = static_cast<int16_t>(before + __popc(earlier));
+    __syncwarp();
+    if (expert >= 0 && earlier == 0) counts[expert] = before + __popc(same);
+    __syncwarp();
   }
 }
 
@@ -342,47 +340,45 @@ __device__ void assign_batch(const Exchange& ex, const Plan& plan, const Batch& 
     for (int r = member; r < chunk_routes; r += kPlanChunk) {
       const int local = r < routes ? __ldcg(routing + begin * ex.topk + r) - first_expert : -1;
       batch.experts[i * chunk_routes + r] = local >= 0 && local < local_experts ? local : -1;
-      batch.slots[i * chunk_routes + r] = -1;
     }
   }
-  for (int n = threadIdx.x; n < count * local_experts; n += blockDim.x) {
-    const int i = n / local_experts, e = n % local_experts;
-    batch.next[n] = plan.chunk_counts[(first + i) * plan.bins + e];
-  }
-  __syncthreads();
-  for (int e = threadIdx.x; e < local_experts; e += blockDim.x) {
-    int next = before[e];
-    for (int i = 0; i < count; ++i) {
-      const int rows = batch.next[i * local_experts + e];
-      batch.next[i * local_experts + e] = next + offsets[e];
-      next += rows;
-    }
-    before[e] = next;
+  for (int n = threadIdx.x; n < count * kSegments * local_experts; n += blockDim.x) {
+    batch.first[n] = 0;
   }
   __syncthreads();
 
-  // A warp takes one expert of a chunk at a time, or its arrivals, or the tokens it sends to a
-  // rank.
-  const int units = local_experts + 1 + ex.ranks;
+  // A warp takes a segment of a chunk at a time, or its arrivals, or the tokens it sends to a rank.
+  const int units = kSegments + 1 + ex.ranks;
   for (int unit = warp; unit < count * units; unit += warps) {
     const int i = unit / units, which = unit % units;
     const int source = (first + i) / chunks_per_rank, chunk = (first + i) % chunks_per_rank;
     const int tokens = tokens_of(i), begin = chunk * kPlanChunk;
-    if (which < local_experts) {
-      rank_routes(batch.experts + i * chunk_routes, tokens * ex.topk, which,
-                  batch.next[i * local_experts + which], batch.slots + i * chunk_routes);
-    } else if (which == local_experts) {
+    if (which < kSegments) {
+      const int segment = i * kSegments + which, routes = 32 * ex.topk;
+      rank_segment(batch.experts + segment * routes, routes, batch.first + segment * local_experts,
+                   batch.rank + segment * routes);
+    } else if (which == kSegments) {
       int32_t* arrivals = plan.arrivals + source * ex.max_tokens;
       number_tokens(ex, plan, source, chunk, ex.rank, tokens, [&](int t, int number) {
         batch.arrival[i * kPlanChunk + t] = number;
         if (number >= 0) arrivals[number] = begin + t;
       });
     } else if (source == ex.rank) {
-      const int target = which - local_experts - 1;
+      const int target = which - kSegments - 1;
       number_tokens(ex, plan, source, chunk, target, tokens, [&](int t, int number) {
         plan.send_rows[(begin + t) * ex.rank_stride() + target] = number;
       });
     }
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < local_experts; e += blockDim.x) {
+    int next = offsets[e] + before[e];
+    for (int segment = 0; segment < count * kSegments; ++segment) {
+      const int rows = batch.first[segment * local_experts + e];
+      batch.first[segment * local_experts + e] = next;
+      next += rows;
+    }
+    before[e] = next - offsets[e];
   }
   __syncthreads();
 
@@ -394,12 +390,15 @@ __device__ void assign_batch(const Exchange& ex, const Plan& plan, const Batch& 
     if (token >= ex.max_tokens) continue;
     const bool sent = member < tokens_of(i);
     const int arrival = sent ? batch.arrival[i * kPlanChunk + member] : -1;
-    const int32_t* found = batch.slots + i * chunk_routes + member * ex.topk;
+    const int16_t* ranks = batch.rank + i * chunk_routes + member * ex.topk;
+    const int16_t* experts = batch.experts + i * chunk_routes + member * ex.topk;
+    const int32_t* firsts = batch.first + (i * kSegments + member / 32) * local_experts;
     for (int first_k = 0; first_k < stride; first_k += 4) {
       int32_t row[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        row[j] = sent && first_k + j < ex.topk ? found[first_k + j] : -1;
+        const int k = first_k + j, expert = sent && k < ex.topk ? experts[k] : -1;
+        row[j] = expert >= 0 ? firsts[expert] + ranks[k] : -1;
         if (row[j] >= limit) row[j] = -1;
       }
       const uint4 rows = make_uint4(row[0], row[1], row[2], row[3]);

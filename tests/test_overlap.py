@@ -1,0 +1,294 @@
+"""Blocks in segments and overlapped pairs on one process, against plain autograd."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from dualpipe_ext.block import RoutedExperts, TransformerBlock
+from dualpipe_ext.exchange import Exchange
+from dualpipe_ext.grouped_mlp import grouped_mlp
+from dualpipe_ext.overlap import OverlappedPair
+from dualpipe_ext.router import Router
+from dualpipe_ext.stage import TransformerStage
+from dualpipe_ext.weight_gradients import DelayedLinear, WeightGradients, delay_linears
+from tests import small_transformer as small
+from tests.dense_moe import relative_error
+
+DELAYS = ("off", "experts", "all")
+
+
+class OwnExperts(nn.Module):
+    """An experts' MLP as a user would bring it: autograd does the rest."""
+
+    def __init__(self):
+        super().__init__()
+        self.w13 = nn.Parameter(torch.randn(4, 16, 16) * 0.3)
+        self.w2 = nn.Parameter(torch.randn(4, 16, 8) * 0.3)
+
+    def forward(self, rows, row_weight, expert_offsets):
+        return grouped_mlp(rows, row_weight, self.w13, self.w2, expert_offsets)
+
+
+def own_experts():
+    exchange = Exchange(
+        None, hidden=16, num_experts=4, topk=2, max_tokens=64, dtype=torch.float64, device="cpu"
+    )
+    router = Router(16, 4, 2, dtype=torch.float64)
+    router.reset_parameters(0.3)
+    return RoutedExperts(router, OwnExperts(), exchange, shared_expert=small.Dense())
+
+
+def whole_model(kinds):
+    blocks = {
+        "gqa": lambda: small.block(),
+        "mla": lambda: small.block("mla"),
+        "shared": lambda: small.block(shared_expert_hidden=8),
+        "copies": lambda: small.block(num_slots=6),
+        "bounded": lambda: small.block(max_rows=1024),
+        "dense": lambda: small.block(feed_forward=delay_linears(small.Dense())),
+        "foreign dense": lambda: small.block(feed_forward=small.Dense()),
+        "own experts": lambda: small.block(feed_forward=own_experts()),
+        "recompute": lambda: small.block(recompute=("attention", "mlp")),
+        "recompute foreign": lambda: small.block(
+            feed_forward=own_experts(), recompute=("attention", "mlp")
+        ),
+    }
+    return small.stage([blocks[kind]() for kind in kinds], first=True, last=True)
+
+
+MODELS = {
+    "routed": ["gqa", "mla", "gqa"],
+    "mixed": ["foreign dense", "shared", "own experts"],
+    "recompute": ["recompute", "dense", "recompute foreign"],
+    "placed and bounded": ["copies", "bounded"],
+    "no blocks": [],
+}
+
+
+def autograd_run(model, seeds):
+    """Losses and gradients of plain autograd, the balance losses included."""
+    model = copy.deepcopy(model)
+    losses = []
+    for seed in seeds:
+        loss = small.word_loss(model(small.words(2, 7, seed=seed)), small.words(2, 7, seed=-seed))
+        losses.append(loss.detach())
+        (loss + model.aux_loss_scale * model.aux_loss()).backward()
+    return losses, small.gradients(model)
+
+
+def chunk_of(model, seed, **options):
+    return model.start_chunk(
+        small.words(2, 7, seed=seed),
+        criterion=small.word_loss,
+        labels=(small.words(2, 7, seed=-seed),),
+        **options,
+    )
+
+
+def sequential_run(model, seeds, weight_delay="all"):
+    model = copy.deepcopy(model)
+    losses = []
+    for seed in seeds:
+        chunk = chunk_of(model, seed)
+        chunk.forward()
+        losses.append(chunk.loss)
+        chunk.backward_input(weight_delay=weight_delay)
+        chunk.backward_weight()
+    return losses, small.gradients(model)
+
+
+def paired_run(model, seeds, weight_delay):
+    """Each forward but the first overlaps the backward of the one before."""
+    model = copy.deepcopy(model)
+    pair = OverlappedPair("cpu", weight_delay=weight_delay)
+    chunks = [chunk_of(model, seed) for seed in seeds]
+    chunks[0].forward()
+    for before, chunk in pairwise(chunks):
+        pair.run(chunk, before)
+    chunks[-1].backward_input()
+    chunks[-1].backward_weight()
+    return [chunk.loss for chunk in chunks], small.gradients(model)
+
+
+def assert_close(found, expected, tolerance=1e-12):
+    for loss, other in zip(found[0], expected[0], strict=True):
+        assert abs(loss - other) <= tolerance * abs(other)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert relative_error(found[1][name], gradient) <= tolerance, name
+
+
+def assert_equal(found, expected):
+    assert all(map(torch.equal, found[0], expected[0]))
+    for name, gradient in expected[1].items():
+        assert torch.equal(found[1][name], gradient), name
+
+
+@pytest.mark.parametrize("kinds", MODELS.values(), ids=MODELS)
+def test_segments_and_pairs_against_autograd(kinds):
+    model = whole_model(kinds).double()
+    model.aux_loss_scale = 0.5
+    seeds = (1, 2, 3)
+    sequential = sequential_run(model, seeds)
+    assert_close(sequential, autograd_run(model, seeds))
+    for name, gradient in sequential[1].items():
+        assert gradient.abs().sum() > 0, name
+    for weight_delay in DELAYS:
+        assert_equal(sequential_run(model, seeds, weight_delay), sequential)
+        assert_equal(paired_run(model, seeds, weight_delay), sequential)
+
+
+@pytest.mark.parametrize("depths", [(1, 3), (3, 1), (0, 2), (2, 0)])
+@pytest.mark.parametrize("weight_delay", ["off", "all"])
+def test_pair_of_different_stages(depths, weight_delay):
+    forward_stage, backward_stage = (small.stage(depth) for depth in depths)
+    x, z, dz = torch.randn(3, 2, 7, 16)
+    calls = []
+
+    def run(paired):
+        for stage in (forward_stage, backward_stage):
+            stage.zero_grad()
+        f, b = forward_stage.start_chunk(x), backward_stage.start_chunk(z)
+        b.forward()
+        if paired:
+            pair = OverlappedPair("cpu", weight_delay=weight_delay)
+            outputs, found = pair.run(
+                *(f, b, (dz,)), on_outputs=calls.append, on_input_gradients=calls.append
+            )
+            assert calls[0] is found and calls[1] is outputs
+        else:
+            outputs = f.forward()
+            found = b.backward_input((dz,))
+            b.backward_weight()
+        f.backward_input((dz,))
+        f.backward_weight()
+        return (*outputs, *found), small.gradients(forward_stage) | small.gradients(backward_stage)
+
+    assert_equal(run(paired=True), run(paired=False))
+
+
+def test_two_forwards_at_once():
+    model = whole_model(["gqa", "shared", "dense"]).double()
+    a, b = (chunk_of(model, i, grad=False, channel=c) for i, c in ((1, "forward"), (2, "backward")))
+    (logits_a,), (logits_b,) = OverlappedPair("cpu").run_forwards(a, b)
+    with torch.no_grad():
+        assert relative_error(logits_a, model(small.words(2, 7, seed=1))) < 1e-12
+        assert relative_error(logits_b, model(small.words(2, 7, seed=2))) < 1e-12
+    with pytest.raises(ValueError, match="channel"):
+        OverlappedPair("cpu").run_forwards(chunk_of(model, 1), chunk_of(model, 2))
+
+
+def test_order_of_the_lanes():
+    """The pair's order is the figure's, read off the profiler's ranges."""
+    model = small.stage(1)
+    f, b = (model.start_chunk(torch.randn(1, 4, 16)) for _ in range(2))
+    (out,) = b.forward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        OverlappedPair("cpu").run(f, b, (torch.randn_like(out),))
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    names = [e.name for e in events if e.name.startswith(("compute: ", "comm: "))]
+    lanes = {"compute": [], "comm": []}
+    for name in names:
+        lane, _, segment = name.partition(": ")
+        lanes[lane].append(segment.removesuffix(" layer 0"))
+    inner = [n for n in lanes["compute"] if n.startswith(("attention", "mlp"))]
+    assert inner == [*("attention F", "mlp B", "mlp W", "mlp F", "attention B", "attention W")]
+    assert lanes["comm"] == ["combine B", "plan F", "dispatch F", "dispatch B", "combine F"]
+
+
+@pytest.mark.parametrize("weight_delay", DELAYS)
+def test_what_the_delay_leaves(weight_delay):
+    model = small.stage(1, shared_expert_hidden=8)
+    chunk = model.start_chunk(torch.randn(2, 7, 16))
+    (out,) = chunk.forward()
+    chunk.backward_input((torch.randn_like(out),), weight_delay=weight_delay)
+    moe, attention = model.blocks[0].feed_forward, model.blocks[0].attention
+    assert (moe.w13.grad is None) == (weight_delay != "off")
+    assert (attention.qkv.weight.grad is None) == (weight_delay == "all")
+    assert attention.query_norm.weight.grad is not None
+    chunk.backward_weight()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_gradient_hooks_fire_after_the_delayed_weights():
+    model = small.stage(1)
+    fired = []
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: fired.append((name, p.grad)))
+    chunk = model.start_chunk(torch.randn(2, 7, 16))
+    (out,) = chunk.forward()
+    chunk.backward_input((torch.randn_like(out),))
+    early = {name for name, _ in fired}
+    assert early.isdisjoint({"blocks.0.attention.qkv.weight", "blocks.0.feed_forward.w13"})
+    chunk.backward_weight()
+    assert sorted(name for name, _ in fired) == sorted(n for n, _ in model.named_parameters())
+    assert all(gradient is not None for _, gradient in fired)
+
+
+def test_main_grad_takes_the_gradient():
+    model = small.stage(1)
+    expected = copy.deepcopy(model)
+    x, dy = torch.randn(2, 2, 7, 16)
+    for stage in (model, expected):
+        if stage is model:
+            for p in stage.parameters():
+                if p.dim() > 1:
+                    p.main_grad = torch.zeros_like(p, dtype=torch.float32)
+        chunk = stage.start_chunk(x)
+        chunk.forward()
+        chunk.backward_input((dy,))
+        chunk.backward_weight()
+    for name in ("blocks.0.attention.out.weight", "blocks.0.feed_forward.w2"):
+        p = model.get_parameter(name)
+        assert p.grad is None
+        assert relative_error(p.main_grad, expected.get_parameter(name).grad) < 1e-6
+
+
+def test_autocast_runs_blocks_in_bf16():
+    model = small.stage(2, first=True, last=True)
+    expected = autograd_run(model, (1,))
+    with torch.autocast("cpu", torch.bfloat16):
+        chunk = chunk_of(model, 1)
+        chunk.forward()
+        chunk.backward_input()
+        chunk.backward_weight()
+    assert abs(chunk.loss - expected[0][0]) < 0.05 * expected[0][0]
+    for name, gradient in expected[1].items():
+        assert relative_error(small.gradients(model)[name], gradient) < 0.3, name
+
+
+def test_delayed_linear_is_a_linear():
+    plain = nn.Linear(5, 3)
+    delayed = delay_linears(copy.deepcopy(plain))
+    assert type(delayed) is DelayedLinear
+    x = torch.randn(4, 5, requires_grad=True)
+    y = plain(x)
+    y.square().sum().backward()
+    dx, x.grad = x.grad, None
+    later = WeightGradients()
+    with later.collect():
+        found = delayed(x)
+    assert torch.equal(found, y)
+    found.square().sum().backward()
+    assert torch.equal(x.grad, dx)
+    assert delayed.weight.grad is None and len(later) == 1
+    later.run()
+    assert torch.allclose(delayed.weight.grad, plain.weight.grad)
+    assert torch.allclose(delayed.bias.grad, plain.bias.grad)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="choose one of"):
+        OverlappedPair("cpu", weight_delay="some")
+    with pytest.raises(ValueError, match="collection out of"):
+        TransformerBlock(16, nn.Identity(), nn.Identity(), recompute="attention")
+    with pytest.raises(ValueError, match="takes 1"):
+        TransformerStage([]).start_chunk(torch.ones(1), torch.ones(1)).forward()
+    chunk = small.stage(1, last=True).start_chunk(
+        torch.randn(1, 3, 16), criterion=lambda y: y.square()
+    )
+    with pytest.raises(ValueError, match="a loss is one number"):
+        chunk.forward()

@@ -1,0 +1,229 @@
+"""Pipelines of transformer blocks, with expert groups across them."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dualpipe_ext.pipeline import Pipeline
+from dualpipe_ext.schedule import build_schedule
+from dualpipe_ext.weight_gradients import delay_linears
+from tests import small_transformer as small
+from tests.dense_moe import relative_error
+
+CHUNK, LENGTH, BLOCKS = 2, 4, 3  # three blocks: stages of different depth, and one without
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    chunks: int = 4
+    weight_delay: str = "all"
+    dtype: torch.dtype = torch.float32
+    recompute: tuple = ()
+
+    def build(self, num_stages, group=None):
+        """The stages; the same model whatever the group, because experts draw by their number."""
+        torch.manual_seed(5)
+        cuts = [s * BLOCKS // num_stages for s in range(num_stages + 1)]
+        return [
+            small.stage(
+                [
+                    small.block(group=group, shared_expert_hidden=8, recompute=self.recompute)
+                    for _ in range(cuts[s], cuts[s + 1])
+                ],
+                first=s == 0,
+                last=s + 1 == num_stages,
+            ).to(self.dtype)
+            for s in range(num_stages)
+        ]
+
+    def batch(self, part):
+        """Inputs and labels of data-parallel part `part`."""
+        shape = (self.chunks * CHUNK, LENGTH)
+        return small.words(*shape, seed=part), small.words(*shape, seed=100 + part)
+
+
+def sequential(case, num_stages, parts):
+    """Losses by part, and gradients by stage summed over the parts, balance losses included."""
+    stages = case.build(num_stages)
+    losses = []
+    for part in range(parts):
+        for words, labels in zip(*(x.split(CHUNK) for x in case.batch(part)), strict=True):
+            y = words
+            for stage in stages:
+                y = stage(y)
+            loss = small.word_loss(y, labels)
+            losses.append(loss.detach())
+            (loss + sum(stage.aux_loss() for stage in stages)).backward()
+    return torch.stack(losses).view(parts, -1), [small.gradients(stage) for stage in stages]
+
+
+def pass_to(schedule, rank, words, labels):
+    """What a pipeline rank passes to `step`."""
+    half = len(words) // schedule.num_directions
+    passed, options = (), {"num_chunks": schedule.num_chunks}
+    for direction in range(schedule.num_directions):
+        mine = slice(direction * half, (direction + 1) * half)
+        if schedule.rank_of(0, direction) == rank:
+            passed = (words[mine],)
+        if schedule.rank_of(schedule.num_stages - 1, direction) == rank:
+            options |= {"criterion": small.word_loss, "labels": (labels[mine],)}
+    return passed, options
+
+
+def split_groups(rank, pipeline_ranks):
+    """(pipeline group, group across, pipeline rank, rank across) for ranks laid out [pp, other]."""
+    size = dist.get_world_size()
+    across = size // pipeline_ranks
+    pipelines = [list(range(i, size, across)) for i in range(across)]
+    others = [list(range(p * across, (p + 1) * across)) for p in range(pipeline_ranks)]
+    groups = [dist.new_group(ranks) for ranks in (*pipelines, *others)]
+    return groups[rank % across], groups[across + rank // across], rank // across, rank % across
+
+
+def experts_across(rank, _, cases, pipeline_ranks):
+    pipeline_group, expert_group, pp, part = split_groups(rank, pipeline_ranks)
+    results = []
+    for case in cases:
+        schedule = build_schedule(case.kind, pipeline_ranks, case.chunks)
+        stages = case.build(schedule.num_stages, expert_group)
+        mine = schedule.stages_of(pp)
+        modules = [stages[stage] for stage in mine]
+        pipeline = Pipeline(
+            *(modules,),
+            schedule=case.kind,
+            group=pipeline_group,
+            timeout=60,
+            weight_delay=case.weight_delay,
+        )
+        passed, options = pass_to(schedule, pp, *case.batch(part))
+        losses = pipeline.step(*passed, **options).losses
+        gradients = []
+        for stage, module in zip(mine, modules, strict=True):
+            for p in module.parameters():
+                if not getattr(p, "expert_parallel", False):
+                    dist.all_reduce(p.grad, group=expert_group)
+            gradients.append((stage, small.gradients(module)))
+        results.append((losses, gradients))
+    return results
+
+
+def check(case, results, pipeline_ranks):
+    """`results` by global rank; expert gradients are shards along their first dimension."""
+    schedule = build_schedule(case.kind, pipeline_ranks, case.chunks)
+    across = len(results) // pipeline_ranks
+    losses, expected = sequential(case, schedule.num_stages, across)
+    tolerance = 1e-6 if case.dtype == torch.float32 else 1e-12
+    for part in range(across):
+        found = [
+            results[schedule.rank_of(schedule.num_stages - 1, d) * across + part][0]
+            for d in range(schedule.num_directions)
+        ]
+        assert relative_error(torch.cat(found), losses[part]) <= tolerance
+    for rank, (_, stages) in enumerate(results):
+        for stage, gradients in stages:
+            wanted = {}
+            for name, gradient in expected[stage].items():
+                share = gradient.shape[0] // across
+                shard = slice(rank % across * share, (rank % across + 1) * share)
+                sharded = gradients[name].shape != gradient.shape
+                wanted[name] = gradient[shard] if sharded else gradient
+            if case.dtype == torch.float64:
+                for name, gradient in wanted.items():
+                    assert relative_error(gradients[name], gradient) <= tolerance, (case, name)
+            # In fp32 the gradients of single norms are sums that cancel: all of a stage together.
+            flat = [
+                torch.cat([torch.zeros(0), *(g[name].flatten() for name in wanted)])
+                for g in (gradients, wanted)
+            ]
+            assert relative_error(*flat) <= tolerance, (case, stage)
+
+
+@pytest.mark.parametrize("kind", ["1f1b", "zb1p", "zbv", "dualpipev"])
+def test_one_rank(kind):
+    for dtype in (torch.float32, torch.float64):
+        case = Case(kind, 3, dtype=dtype)
+        schedule = build_schedule(kind, 1, case.chunks)
+        modules = case.build(schedule.num_stages)
+        pipeline = Pipeline(modules, schedule=kind)
+        passed, options = pass_to(schedule, 0, *case.batch(0))
+        losses = pipeline.step(*passed, **options).losses
+        check(case, [(losses, list(enumerate(map(small.gradients, modules))))], 1)
+
+
+CASES = [
+    Case("dualpipev", 5),
+    Case("dualpipev", 5, "experts"),
+    Case("dualpipev", 4, "off"),
+    Case("dualpipe", 4),
+    Case("zbv", 3, dtype=torch.float64),
+    Case("1f1b", 3),
+    Case("dualpipev", 6, dtype=torch.float64, recompute=("attention", "mlp")),
+    Case("dualpipe", 6, dtype=torch.float64),
+]
+
+
+def test_two_pipeline_ranks_by_two_expert_ranks(gloo_workers_4):
+    results = gloo_workers_4.run(experts_across, CASES, 2)
+    for i, case in enumerate(CASES):
+        check(case, [result[i] for result in results], 2)
+
+
+def test_four_pipeline_ranks(gloo_workers_4):
+    cases = [Case("dualpipev", 8), Case("dualpipe", 10)]
+    results = gloo_workers_4.run(experts_across, cases, 4)
+    for i, case in enumerate(cases):
+        check(case, [result[i] for result in results], 4)
+
+
+def wrapped(rank, _, kind, wrapper):
+    """Gradients of this rank's stages after two steps, two pipeline by two data-parallel ranks."""
+    pipeline_group, data_group, pp, part = split_groups(rank, 2)
+    case = Case(kind, 4, dtype=torch.float64)
+    schedule = build_schedule(kind, 2, case.chunks)
+    stages = [delay_linears(stage) for stage in case.build(schedule.num_stages)]
+    mine = schedule.stages_of(pp)
+    if wrapper == "ddp":
+        modules = [DistributedDataParallel(stages[s], process_group=data_group) for s in mine]
+    else:
+        mesh = DeviceMesh.from_group(data_group, "cpu")
+        modules = [stages[s] for s in mine]
+        for module in modules:
+            for block in module.blocks:
+                fully_shard(block.attention, mesh=mesh)
+            fully_shard(module, mesh=mesh)
+    pipeline = Pipeline(modules, schedule=kind, group=pipeline_group, timeout=60)
+    passed, options = pass_to(schedule, pp, *case.batch(part))
+    with torch.no_grad():
+        pipeline.step(*passed, **options)
+    for last in (False, True):
+        pipeline.step(*passed, **options, sync_gradients=last)
+    found = []
+    for stage, module in zip(mine, modules, strict=True):
+        gradients = {}
+        for name, p in module.named_parameters():
+            full = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+            gradients[name.removeprefix("module.")] = full.clone()
+        found.append((stage, gradients))
+    return found
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["dualpipev", "dualpipe"])
+def test_data_parallel_wrappers_reduce_once(kind, wrapper, gloo_workers_4):
+    """Two equal steps add up and two ranks are averaged: in the end the sum over both ranks."""
+    results = gloo_workers_4.run(wrapped, kind, wrapper)
+    case = Case(kind, 4, dtype=torch.float64)
+    num_stages = build_schedule(kind, 2, case.chunks).num_stages
+    _, expected = sequential(case, num_stages, 2)
+    for stages in results:
+        for stage, gradients in stages:
+            assert gradients.keys() == expected[stage].keys()
+            for name, gradient in expected[stage].items():
+                assert relative_error(gradients[name], gradient) <= 1e-12, (stage, name)
