@@ -7,6 +7,7 @@
 // summed at home. The bulk copy engine loads the rows ahead into shared memory and stores the sums.
 #include <cuda_runtime.h>
 
+#include "launch.cuh"
 #include "sum_ring.cuh"
 
 namespace dualpipe {
@@ -209,14 +210,8 @@ __global__ void __launch_bounds__(kSumWarps * 32, 1)
 
 template <typename Element>
 void launch(const Exchange& ex, const CombineArgs& args) {
-  constexpr int shared_bytes = kSumWarps * kSumWarpBytes;
-  check_cuda(cudaFuncSetAttribute(push_and_sum<Element>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-             "cudaFuncSetAttribute");
-  push_and_sum<Element>
-      <<<args.sms, kSumWarps * 32, shared_bytes, static_cast<cudaStream_t>(args.stream)>>>(ex,
-                                                                                           args);
-  check_cuda(cudaGetLastError(), "push_and_sum");
+  launch_on_sms("push_and_sum", push_and_sum<Element>, args.sms, kSumWarps * 32,
+                kSumWarps * kSumWarpBytes, args.stream, ex, args);
 }
 
 }  // namespace

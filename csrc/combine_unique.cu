@@ -4,6 +4,7 @@
 // A rank reads the outboxes once they are ready, and tells their owners when it no longer does.
 #include <cuda_runtime.h>
 
+#include "launch.cuh"
 #include "sum_ring.cuh"
 
 namespace dualpipe {
@@ -123,14 +124,8 @@ __global__ void wait_outbox(const __grid_constant__ Exchange ex, int operation) 
 
 template <typename Element>
 void launch(const Exchange& ex, const PullArgs& args) {
-  constexpr int shared_bytes = kSumWarps * kSumWarpBytes;
-  check_cuda(cudaFuncSetAttribute(pull_and_sum<Element>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-             "cudaFuncSetAttribute");
-  pull_and_sum<Element>
-      <<<args.sms, kSumWarps * 32, shared_bytes, static_cast<cudaStream_t>(args.stream)>>>(ex,
-                                                                                           args);
-  check_cuda(cudaGetLastError(), "pull_and_sum");
+  launch_on_sms("pull_and_sum", pull_and_sum<Element>, args.sms, kSumWarps * 32,
+                kSumWarps * kSumWarpBytes, args.stream, ex, args);
 }
 
 }  // namespace

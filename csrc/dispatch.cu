@@ -6,6 +6,7 @@
 // read where they lie.
 #include <cuda_runtime.h>
 
+#include "launch.cuh"
 #include "row_ring.cuh"
 
 namespace dualpipe {
@@ -160,13 +161,9 @@ void launch_stage(const Exchange& ex, const DispatchArgs& args) {
 
 void launch_dispatch(const Exchange& ex, const DispatchArgs& args) {
   const DeviceGuard guard(ex.device);
-  const auto stream = static_cast<cudaStream_t>(args.stream);
   const RingShape shape(ex, ex.topk_stride());
-  check_cuda(cudaFuncSetAttribute(pull_rows, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  kRingSharedBytes),
-             "cudaFuncSetAttribute");
-  pull_rows<<<args.sms, shape.warps * 32, shape.shared_bytes(), stream>>>(ex, args, shape);
-  check_cuda(cudaGetLastError(), "pull_rows");
+  launch_on_sms("pull_rows", pull_rows, args.sms, shape.warps * 32, shape.shared_bytes(),
+                args.stream, ex, args, shape);
 }
 
 }  // namespace dualpipe

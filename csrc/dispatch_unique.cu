@@ -10,6 +10,7 @@
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
+#include "launch.cuh"
 #include "row_ring.cuh"
 
 namespace dualpipe {
@@ -360,35 +361,23 @@ __global__ void __launch_bounds__(kRingMaxWarps * 32, 1)
 
 void launch_push(const Exchange& ex, const PushArgs& args) {
   const DeviceGuard guard(ex.device);
-  const auto stream = static_cast<cudaStream_t>(args.stream);
   if (args.fp8) {
     const QuantShape shape(ex);
-    const int shared_bytes = kQuantWarps * shape.warp_bytes();
-    check_cuda(
-        cudaFuncSetAttribute(push_fp8, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-        "cudaFuncSetAttribute");
-    push_fp8<<<args.sms, kQuantWarps * 32, shared_bytes, stream>>>(ex, args, shape);
-    check_cuda(cudaGetLastError(), "push_fp8");
-    return;
+    launch_on_sms("push_fp8", push_fp8, args.sms, kQuantWarps * 32,
+                  kQuantWarps * shape.warp_bytes(), args.stream, ex, args, shape);
+  } else {
+    const RingShape shape(ex, ex.rank_stride());
+    launch_on_sms("push_rows", push_rows, args.sms, shape.warps * 32, shape.shared_bytes(),
+                  args.stream, ex, args, shape);
   }
-  const RingShape shape(ex, ex.rank_stride());
-  check_cuda(cudaFuncSetAttribute(push_rows, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  kRingSharedBytes),
-             "cudaFuncSetAttribute");
-  push_rows<<<args.sms, shape.warps * 32, shape.shared_bytes(), stream>>>(ex, args, shape);
-  check_cuda(cudaGetLastError(), "push_rows");
 }
 
 void launch_push_ceiling(const Exchange& ex, const void* x, int tokens, int rows, int sms,
                          void* stream) {
   const DeviceGuard guard(ex.device);
   const RingShape shape(ex, ex.rank_stride());
-  check_cuda(cudaFuncSetAttribute(push_ceiling, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  kRingSharedBytes),
-             "cudaFuncSetAttribute");
-  push_ceiling<<<sms, shape.warps * 32, shape.shared_bytes(), static_cast<cudaStream_t>(stream)>>>(
-      ex, static_cast<const char*>(x), tokens, rows, shape);
-  check_cuda(cudaGetLastError(), "push_ceiling");
+  launch_on_sms("push_ceiling", push_ceiling, sms, shape.warps * 32, shape.shared_bytes(), stream,
+                ex, static_cast<const char*>(x), tokens, rows, shape);
 }
 
 }  // namespace dualpipe
