@@ -1,0 +1,335 @@
+"""Runs a schedule: a model in stages over the ranks of a group, micro-batch by micro-batch.
+
+See `schedule.py` for the kinds, their stages per rank and the least number of chunks, `simulate.py`
+for the time they take, `overlap.py` for what happens inside an overlapped pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from .data_parallel import GradientSync, unwrap
+from .errors import DualPipeError
+from .exchange import process_group
+from .overlap import OverlappedPair
+from .pipeline_agreement import Agreement
+from .pipeline_step import Batch, Step, cut_batch
+from .pipeline_transfers import Links, Transfers
+from .schedule import Schedule, build_schedule
+
+__all__ = ["Pipeline", "StepResult"]
+
+
+class StepResult(NamedTuple):
+    """What a step returns, on ranks where the last stage is; elsewhere None and ().
+
+    `losses` [chunks], detached, in the order of the micro-batches; `outputs` of the last stage, the
+    micro-batches joined again, if they were asked for.
+    """
+
+    losses: Tensor | None
+    outputs: tuple[Tensor, ...]
+
+
+class Pipeline:
+    """A model cut into stages, one or two of them on this rank.
+
+    Example, two ranks, four stages in a V::
+
+        first, last = build_stages(rank)           # stages rank and 3 - rank
+        pipeline = Pipeline([first, last], schedule="dualpipev", group=group)
+        losses, _ = pipeline.step(
+            *([tokens] if rank == 0 else []),      # rank 0 holds the first stage ...
+            num_chunks=8,
+            criterion=loss_function,               # ... and, in a V, the last
+            labels=[labels] if rank == 0 else [],
+        )
+        optimizer.step()
+
+    A stage is any nn.Module that maps tensors to a tensor or a tuple of them. A `TransformerStage`
+    gives real overlapped pairs and split backwards; any other module runs whole, a pair as backward
+    and forward one after the other, its backward split as far as it is built of `DelayedLinear`
+    (else I does all and W nothing). A class with DeepSeek's `overlapped_forward_backward` has that
+    called for pairs. Modules may be wrapped in DistributedDataParallel or FSDP2's `fully_shard`:
+    gradients are reduced once, after the step's last weight gradient (`data_parallel.py`).
+
+    Gradients are sums over the chunks: a criterion that means the mean divides by their number. In
+    dualpipe each stage lives on two ranks; their gradients are summed at the end of `step`.
+
+    Args:
+        modules: the stages of this rank, in the order of `Schedule.stages_of(rank)`: for dualpipev
+            and zbv stages r and 2R-1-r, for dualpipe stages r and R-1-r, else stage r.
+        schedule: "dualpipe", "dualpipev", "1f1b", "zb1p" or "zbv".
+        group: of the pipeline's ranks, R of them; None for one rank without any group. Expert
+            groups lie across: the ranks of one hold equal stages of different pipelines.
+        device: where activations live; None takes that of the first parameter.
+        timeout: seconds to wait for another rank on the host. Waits of NCCL on the GPU have the
+            limit of its own process group.
+        weight_delay, comm_sms, num_sms: see `OverlappedPair`; the first also says what an I leaves
+            for its W.
+        recompute: run stages that are no `TransformerStage` again for their backward and keep
+            their inputs only; those have an option of their own.
+
+    Making one is collective over the group, and so is every step.
+
+    Raises:
+        ValueError: a wrong argument, or ranks disagree on one (on every rank).
+        DualPipeError: a rank did not come within the timeout.
+    """
+
+    def __init__(
+        self,
+        modules: nn.Module | Sequence[nn.Module],
+        *,
+        schedule: str = "dualpipev",
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        device: torch.device | str | None = None,
+        timeout: float = 100.0,
+        weight_delay: str = "all",
+        comm_sms: int | float | None = None,
+        num_sms: int | None = None,
+        recompute: bool = False,
+    ) -> None:
+        single = isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList)
+        self.modules = (modules,) if single else tuple(modules)
+        self.kind, self.group, self.timeout = schedule.lower(), process_group(group), timeout
+        self.weight_delay, self.recompute = weight_delay, recompute
+        self._agreement = Agreement(self.group, timeout)
+        self.rank, self.num_ranks = self._agreement.rank, self._agreement.world_size
+        self._check()
+        self.device = self._find_device(device)
+        self._links = Links(self.group, self._agreement, self.device)
+        self.pair = OverlappedPair(
+            self.device, comm_sms=comm_sms, num_sms=num_sms, weight_delay=weight_delay
+        )
+        self._schedule: Schedule | None = None
+        self._signatures: list | None = None  # of everybody's inputs, in the step before
+        self._edges: dict = {}
+        self._generation = 0
+        self._failure: str | None = None
+
+    def step(
+        self,
+        *inputs: Tensor,
+        num_chunks: int,
+        criterion: Callable | None = None,
+        labels: Sequence[Tensor] = (),
+        batch_dim: int = 0,
+        return_outputs: bool = False,
+        sync_gradients: bool = True,
+    ) -> StepResult:
+        """One training step; under `torch.no_grad()` the forward only, of every schedule.
+
+        Args:
+            inputs: of the first stage, on the rank that holds it; cut along `batch_dim` into equal
+                chunks. In dualpipe rank 0 and rank R-1 each bring half of the batch.
+            num_chunks: M, micro-batches of all directions, equal on all ranks.
+            criterion, labels: loss = criterion(*outputs, *labels) of each chunk, on the rank that
+                holds the last stage (in dualpipe rank R-1 those for rank 0's inputs, and rank 0
+                those for rank R-1's). `labels` are cut like the inputs.
+            return_outputs: also return what the last stage gave.
+            sync_gradients: False leaves gradients local: for all but the last of several steps
+                before an optimizer step.
+
+        Raises:
+            ValueError: wrong sizes, a stage that returned a view or other shapes than before, ...:
+                on the rank it happened; also any error of a stage's own.
+            DualPipeError: on all other ranks then, with its text; or a rank went missing.
+                Gradients are in no defined state after either: zero them.
+        """
+        if self._failure is not None:
+            raise DualPipeError(f"a step before broke off: {self._failure}; make a new Pipeline")
+        forward_only = not torch.is_grad_enabled()
+        schedule, batch = self._begin(
+            inputs, labels, criterion, num_chunks, batch_dim, forward_only
+        )
+        transfers = Transfers(
+            *(schedule, self._links, self._agreement, self._edges, self._generation),
+            forward_only=forward_only,
+        )
+        step = Step(
+            *(self, schedule, transfers, batch, criterion),
+            forward_only=forward_only,
+            return_outputs=return_outputs,
+        )
+        syncs = []
+        with step.watch():
+            for module in self.modules:
+                syncs.append(GradientSync(module))
+                syncs[-1].begin()
+        step.run()
+        self._end(step, transfers)
+        reduce = sync_gradients and not forward_only
+        for sync in syncs:
+            sync.end(reduce, forward_only=forward_only)
+        if reduce:
+            self.sum_copies()
+        return StepResult(step.losses(), step.outputs(batch_dim))
+
+    @torch.no_grad()
+    def sum_copies(self) -> None:
+        """Sum the gradients of dualpipe's two copies of each stage; nothing to do elsewhere.
+
+        `step` does it. A missing gradient counts as zero; `main_grad` is summed where there is one.
+        """
+        if self.kind != "dualpipe":
+            return
+        mirror = self.num_ranks - 1 - self.rank
+        # Both ranks of a pair take the lower rank's first stage first.
+        for mine in (0, 1) if self.rank < mirror else (1, 0):
+            _sum_with(mirror, unwrap(self.modules[mine]), self.group)
+
+    def close(self) -> None:
+        """Let go of the communicators that the pipeline opened (on NCCL); all ranks together."""
+        self._links.close()
+
+    def __repr__(self) -> str:
+        return f"Pipeline({self.kind!r}, rank {self.rank}/{self.num_ranks}, {self.device})"
+
+    def _check(self) -> None:
+        """Raise on every rank what is wrong on one."""
+        problem = None
+        try:
+            # The least number of chunks that every kind takes: checks kind and number of ranks.
+            schedule = build_schedule(self.kind, self.num_ranks, 2 * self.num_ranks)
+            stages = schedule.stages_of(self.rank)
+            if len(self.modules) != len(stages):
+                raise ValueError(
+                    f"{len(self.modules)} modules for {self.kind!r}: rank {self.rank} of "
+                    f"{self.num_ranks} holds the stages {stages}, pass one module for each"
+                )
+            if not self.timeout > 0:
+                raise ValueError(f"timeout={self.timeout} s is not above 0: pass seconds, 100.0")
+        except ValueError as error:
+            problem = error
+        mine = (self.kind, self.weight_delay, None if problem is None else str(problem))
+        everybody = self._agreement.gather("open the pipeline", mine)
+        if problem is not None:
+            raise problem
+        for rank, (kind, weight_delay, text) in enumerate(everybody):
+            if text is not None:
+                raise ValueError(f"rank {rank}: {text}")
+            if (kind, weight_delay) != mine[:2]:
+                raise ValueError(
+                    f"schedule and weight_delay are {kind!r} and {weight_delay!r} on rank {rank}, "
+                    f"here {self.kind!r} and {self.weight_delay!r}: pass the same on every rank"
+                )
+
+    def _find_device(self, device: torch.device | str | None) -> torch.device:
+        if device is not None:
+            return torch.device(device)
+        for module in self.modules:
+            for parameter in module.parameters():
+                return parameter.device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _begin(
+        self, inputs, labels, criterion, num_chunks: int, batch_dim: int, forward_only: bool
+    ) -> tuple[Schedule, Batch]:
+        """The schedule and this rank's chunks, once all ranks agree."""
+        problem, batch, signature = None, Batch((), ()), None
+        try:
+            if self._schedule is None or self._schedule.num_chunks != num_chunks:
+                self._schedule = build_schedule(self.kind, self.num_ranks, num_chunks)
+            batch = cut_batch(
+                *(self._schedule, self.rank, inputs, labels, batch_dim),
+                needs_criterion=criterion is None and not forward_only,
+            )
+            signature = batch.signature()
+        except (ValueError, TypeError) as error:
+            problem = error
+        mine = (num_chunks, forward_only, signature, None if problem is None else str(problem))
+        everybody = self._agreement.gather("begin the step", mine)
+        if problem is not None:
+            raise problem
+        for rank, theirs in enumerate(everybody):
+            if theirs[3] is not None:
+                raise ValueError(f"rank {rank}: {theirs[3]}")
+            if theirs[:2] != mine[:2]:
+                raise ValueError(
+                    f"(num_chunks, forward only) is {theirs[:2]} on rank {rank}, here {mine[:2]}: "
+                    "pass the same on every rank, and use torch.no_grad() on all or none"
+                )
+        signatures = [theirs[2] for theirs in everybody]
+        if signatures != self._signatures:
+            self._forget_shapes()
+            self._signatures = signatures
+        return self._schedule, batch
+
+    def _end(self, step: Step, transfers: Transfers) -> None:
+        """Raise on every rank what went wrong on one."""
+        failure = step.failure
+        text = None if failure is None else f"{type(failure).__name__}: {failure}"
+        what = "finish the step"
+        if transfers.broken:  # nobody can tell who still comes: leave word and go
+            self._failure = text
+            self._agreement.gather(what, (text, step.cause), wait=False)
+            raise failure
+        try:
+            everybody = self._agreement.gather(what, (text, step.cause))
+        except DualPipeError as error:
+            self._failure = str(error)
+            raise (failure or error) from error
+        failed = [(cause, rank) for rank, (found, cause) in enumerate(everybody) if found]
+        if not failed:
+            return
+        self._forget_shapes()
+        self._signatures = None
+        if failure is not None and step.cause == 0:
+            raise failure
+        _, rank = min(failed)  # causes come before what they led to
+        raise DualPipeError(
+            f"rank {rank} of the pipeline failed: {everybody[rank][0]}"
+        ) from failure
+
+    def _forget_shapes(self) -> None:
+        self._edges = {}
+        self._generation += 1
+
+
+def _sum_with(other: int, module: nn.Module, group: dist.ProcessGroup) -> None:
+    """Add the gradients of `module` and of rank `other`'s copy, on both."""
+    by_kind: dict[tuple, list[Tensor]] = {}
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        found = getattr(parameter, "main_grad", None)
+        if found is None:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            found = parameter.grad
+        if hasattr(found, "to_local"):  # sharded by FSDP2, both copies alike
+            found = found.to_local()
+        by_kind.setdefault((found.dtype, found.device), []).append(found)
+    for gradients in by_kind.values():
+        for bucket in _buckets(gradients):
+            mine = torch.cat([gradient.flatten() for gradient in bucket])
+            theirs = torch.empty_like(mine)
+            works = dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend, mine, group=group, group_peer=other),
+                    dist.P2POp(dist.irecv, theirs, group=group, group_peer=other),
+                ]
+            )
+            for work in works:
+                work.wait()
+            parts = theirs.split([gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.add_(part.view_as(gradient))
+
+
+def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
+    """In order, about 64 Mi numbers each: two of them are all that the sum needs beside."""
+    found, room = [[]], 0
+    for gradient in gradients:
+        if found[-1] and gradient.numel() > room:
+            found.append([])
+        room = (room if found[-1] else 2**26) - gradient.numel()
+        found[-1].append(gradient)
+    return found

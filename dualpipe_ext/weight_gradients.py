@@ -1,0 +1,147 @@
+"""Weight gradients that wait for their turn, and the linear layer that leaves them for later.
+
+The gradient of a layer's inputs is needed at once, by the layer before it; that of its weights only
+by the optimizer. Zero-bubble schedules (Qi et al. 2024, arXiv 2401.10241) and DualPipe fill waits
+with the second. While a `WeightGradients` collects, `linear` computes the first in autograd's
+backward and leaves the second there; `run` computes it and adds it as autograd would have.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["DelayedLinear", "WeightGradients", "accumulate", "delay_linears", "linear"]
+
+# Who collects in the forward that runs now: a name for it, the gradients themselves are in objects.
+_collector: ContextVar["WeightGradients | None"] = ContextVar("collector", default=None)
+
+
+class WeightGradients:
+    """The weight gradients of one micro-batch in one piece of a model, until `run`.
+
+    Example, the two halves of a backward apart::
+
+        later = WeightGradients()
+        with later.collect():
+            y = model(x)  # built of DelayedLinear
+        y.backward(dy)    # x.grad, and whatever is not a DelayedLinear's weight
+        later.run()       # the gradients of the DelayedLinear weights
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Sequence[nn.Parameter], Callable]] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """In this context `linear` leaves its weight gradients here when its backward runs."""
+        token = _collector.set(self)
+        try:
+            yield
+        finally:
+            _collector.reset(token)
+
+    def add(
+        self, parameters: Sequence[nn.Parameter], compute: Callable[[], Sequence[Tensor | None]]
+    ) -> None:
+        """`run` will call `compute` and add what it returns to the gradients of `parameters`."""
+        self._waiting.append((parameters, compute))
+
+    def run(self) -> None:
+        """Compute what waits, in the order in which it came."""
+        waiting, self._waiting = self._waiting, []
+        for parameters, compute in waiting:
+            with torch.no_grad():
+                gradients = compute()
+            accumulate(parameters, gradients)
+
+
+def accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    """Add to each parameter's gradient as autograd would, its hooks included (DDP, FSDP).
+
+    A parameter with an fp32 `main_grad` gets it there and no hooks run (Megatron's convention).
+    """
+    leaves, found = [], []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None or not parameter.requires_grad:
+            continue
+        main_grad = getattr(parameter, "main_grad", None)
+        if main_grad is not None:
+            main_grad.add_(gradient)
+        else:
+            leaves.append(parameter)
+            found.append(gradient.to(parameter.dtype))
+    if leaves:
+        torch.autograd.backward(leaves, found)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` whose gradients of `weight` and `bias` wait while a `WeightGradients` collects.
+
+    x [..., in], weight [out, in], bias [out] → [..., out]. Under autocast all take its dtype. Falls
+    back to `F.linear` where nothing collects, no gradient is wanted, `weight` is no plain parameter
+    (a DTensor, a computed weight), or x carries no gradient, because autograd would not come by.
+    """
+    store = _collector.get()
+    plain = type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+    if store is None or not plain or not (torch.is_grad_enabled() and x.requires_grad):
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    parameters = (weight,) if bias is None else (weight, bias)
+    return _DelayedLinear.apply(x, parameters, store)
+
+
+class _DelayedLinear(torch.autograd.Function):
+    """The parameters come in a tuple, which autograd does not look into: they stay off its graph.
+
+    Were they on it, their gradient hooks would fire in this backward, before the gradient is there.
+    """
+
+    @staticmethod
+    def forward(ctx, x, parameters, store):
+        ctx.save_for_backward(x)
+        ctx.parameters, ctx.store = parameters, store
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, *(parameter.to(x.dtype) for parameter in parameters))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        parameters = ctx.parameters
+
+        def compute():
+            dy_2d = dy.flatten(0, -2)
+            wanted = parameters[0].requires_grad
+            gradients = [dy_2d.T @ x.flatten(0, -2) if wanted else None]
+            return gradients if len(parameters) == 1 else [*gradients, dy_2d.sum(0)]
+
+        if any(parameter.requires_grad for parameter in parameters):
+            ctx.store.add(parameters, compute)
+        return dy @ parameters[0].to(dy.dtype), None, None
+
+
+class DelayedLinear(nn.Linear):
+    """`nn.Linear` whose weight gradient a scheduler may delay; elsewhere the same as nn.Linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def delay_linears(module: nn.Module) -> nn.Module:
+    """Turn every plain `nn.Linear` inside `module` into a `DelayedLinear`, in place.
+
+    Parameters, names and results stay. A subclass of nn.Linear keeps its own forward, untouched.
+    """
+    for found in module.modules():
+        if type(found) is nn.Linear:
+            found.__class__ = DelayedLinear
+    return module
