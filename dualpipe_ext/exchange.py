@@ -233,11 +233,10 @@ class Exchange:
             with row_weight a pair of these and [T, K] fp32, zero where a route was dropped.
         """
         self._check_call(plan, channel)
-        num_rows = self.max_rows or plan.num_rows
-        self._check_rows("rows", rows, num_rows, "R")
+        self._check_rows("rows", rows, plan.num_rows, "R")
         if row_weight is not None:
             _check_tensor("row_weight", row_weight, self._weight_dtype, self.device)
-            _check_shape("row_weight", row_weight, [num_rows], "[R]")
+            _check_shape("row_weight", row_weight, [plan.num_rows], "[R]")
         y, topk_weight = _Transfer.apply(rows, row_weight, self, plan, "combine", channel, None)
         return y if row_weight is None else (y, topk_weight)
 

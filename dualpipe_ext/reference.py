@@ -33,7 +33,7 @@ class ReferencePlan(Plan):
         send_tokens: [U] int64, the tokens sent when each crosses once a rank, by destination rank.
         recv_slots: [V] int64, flat index p · max_tokens + i of each one received, by source rank.
         token_send_counts, token_recv_counts: P ints each, how many belong to each rank.
-        rows: R.
+        rows: R, or the exchange's max_rows.
     """
 
     send_routes: torch.Tensor
@@ -112,7 +112,7 @@ class ReferenceBackend:
             recv_rows=recv_rows,
             send_counts=torch.bincount(route_owner[sent], minlength=layout.world_size).tolist(),
             recv_counts=(owner == rank).sum((1, 2)).tolist(),
-            rows=int(ends[-1]),
+            rows=self.max_rows or int(ends[-1]),
         )
 
     def dispatch(
@@ -125,12 +125,11 @@ class ReferenceBackend:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if payload == "fp8":
             x = dequantize_rows(*quantize_rows(x), x.dtype)
-        num_rows = plan.rows if self.max_rows is None else self.max_rows
-        rows = x.new_zeros(num_rows, x.shape[1])
+        rows = x.new_zeros(plan.rows, x.shape[1])
         rows[plan.recv_rows] = self._send(x[plan.send_routes // self.layout.topk], plan)
         if topk_weight is None:
             return rows, None
-        row_weight = topk_weight.new_zeros(num_rows)
+        row_weight = topk_weight.new_zeros(plan.rows)
         row_weight[plan.recv_rows] = self._send(topk_weight.flatten()[plan.send_routes], plan)
         return rows, row_weight
 

@@ -73,7 +73,7 @@ class Plan(ABC):
     @property
     @abstractmethod
     def num_rows(self) -> int:
-        """R on the host. Waits for the device where it must.
+        """Rows that dispatch gives: R, for which the host waits where it must, or ``max_rows``.
 
         Raises:
             IndexError: some rank's ``topk_idx`` holds a value outside [−1, E).

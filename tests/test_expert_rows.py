@@ -163,15 +163,15 @@ def check_max_rows(rank, group):
     spare = 64
     roomy = make_backend(rank, group, case, 4, max_rows=needed[fullest] + spare)
     exact = make_backend(rank, group, case, 4)
-    plan = roomy.plan(idx[rank])
-    assert plan.num_rows == needed[rank]
+    plan, exact_plan = roomy.plan(idx[rank]), exact.plan(idx[rank])
+    assert (plan.num_rows, exact_plan.num_rows) == (needed[fullest] + spare, needed[rank])
     rows, weight = roomy.dispatch(case.x(rank), plan, case.topk_weight(rank), "forward")
-    want, want_weight = exact.dispatch(case.x(rank), plan, case.topk_weight(rank), "forward")
-    assert rows.shape == (needed[fullest] + spare, 8) and weight.shape == rows.shape[:1]
+    want, want_weight = exact.dispatch(case.x(rank), exact_plan, case.topk_weight(rank), "forward")
+    assert rows.shape == (plan.num_rows, 8) and weight.shape == rows.shape[:1]
     assert torch.equal(rows[: needed[rank]], want) and not rows[needed[rank] :].any()
     assert torch.equal(weight[: needed[rank]], want_weight) and not weight[needed[rank] :].any()
     y, _ = roomy.combine(rows, plan, None, "forward")
-    assert torch.equal(y, exact.combine(want, plan, None, "forward")[0])
+    assert torch.equal(y, exact.combine(want, exact_plan, None, "forward")[0])
 
 
 def test_max_rows(gloo_workers_4):
