@@ -290,6 +290,9 @@ def check_bad_arguments(rank: int, group: dist.ProcessGroup | None, backend: str
         dict(dtype=torch.int32),
         dict(backend="pigeon"),
         dict(timeout=0.0),
+        dict(form="round"),
+        dict(max_rows=100),
+        dict(max_rows=0),
         *([dict(num_experts=world_size * 2 + 1)] if world_size > 1 else []),
     ):
         kind = TypeError if "dtype" in bad else ValueError
@@ -312,6 +315,15 @@ def check_bad_arguments(rank: int, group: dist.ProcessGroup | None, backend: str
     refused(ValueError, exchange.dispatch, x, plan, channel="sideways")
     refused(ValueError, exchange.combine, x, plan)
     refused(TypeError, exchange.dispatch, x, plan, topk_weight=idx)
+    refused(ValueError, exchange.dispatch, x, plan, payload="fp4")
+    for needs_unique_rows in (
+        lambda: exchange.dispatch(x, plan, payload="fp8"),
+        lambda: exchange.dispatch_unique(x, plan),
+        lambda: exchange.sums(plan),
+        lambda: exchange.combine_unique(plan),
+    ):
+        refused(ValueError, needs_unique_rows)
+        assert 'form="unique"' in messages[-1]
     if backend == "nvlink":
         for sms in (-1, 0, 10_000, 1.5):
             refused(ValueError, setattr, exchange, "comm_sms", sms)

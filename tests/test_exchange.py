@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpipe_ext import Exchange
+from dualpipe_ext import Exchange, RowsOverflowError
 from dualpipe_ext.backend import choose_backend
 from tests.exchange_cases import (
     ROUTINGS,
@@ -53,6 +53,57 @@ def test_any_shape_on_one_rank(routing, tokens, topk, seed):
 
 def test_gradients(gloo_workers_4):
     gloo_workers_4.run(check_gradients, "reference")
+
+
+def _unique_rows(rank, group):
+    """Rows sent once a rank, expanded by the plan, are those of dispatch; and the way back."""
+    case = Case("dropped", 24, 3, 8, 40, seed=2, dtype=torch.float32)
+    sizes = dict(hidden=24, num_experts=8, topk=3, max_tokens=40, dtype=torch.float32)
+    with Exchange(group, comm_sms=0, device="cpu", **sizes) as exchange:
+        assert exchange.form == "unique" and "form='unique'" in repr(exchange)
+        x, plan = case.x(rank), exchange.plan(case.topk_idx(rank, exchange.world_size))
+        rows = exchange.dispatch(x, plan)
+        expanded = torch.zeros_like(rows)
+        with exchange.dispatch_unique(x, plan, topk_weight=case.topk_weight(rank)) as received:
+            for source, count in enumerate(plan.unique_counts.tolist()):
+                token, k = (plan.expert_rows[source, :count] >= 0).nonzero(as_tuple=True)
+                expanded[plan.expert_rows[source, token, k].long()] = received.rows[source, token]
+        assert torch.equal(expanded, rows)
+        sums = exchange.sums(plan)
+        for source, count in enumerate(plan.unique_counts.tolist()):
+            for i, slots in enumerate(plan.expert_rows[source, :count].tolist()):
+                sums[source, i] = rows[[slot for slot in slots if slot >= 0]].sum(0)
+        y = exchange.combine_unique(plan)
+        torch.testing.assert_close(y, exchange.combine(rows, plan), rtol=1e-6, atol=1e-6)
+
+
+def test_unique_rows(gloo_workers_4):
+    gloo_workers_4.run(_unique_rows)
+
+
+def test_fp8_payload_is_rounded_and_passes_gradients():
+    sizes = dict(hidden=32, num_experts=4, topk=2, max_tokens=50)
+    with Exchange(form="unique", device="cpu", **sizes) as exchange:
+        x = torch.randn(50, 32).bfloat16().requires_grad_()
+        plan = exchange.plan(torch.rand(50, 4).topk(2).indices.int())
+        rows, exact = exchange.dispatch(x, plan, payload="fp8"), exchange.dispatch(x, plan)
+        error = (rows - exact).float().norm() / exact.float().norm()
+        assert 1e-3 < error < 4e-2
+        (dx,) = torch.autograd.grad(rows, x, rows.detach())
+        assert torch.equal(dx, exchange.combine(rows.detach(), plan))
+
+
+def test_too_many_rows_for_max_rows():
+    sizes = dict(hidden=8, num_experts=2, topk=1, max_tokens=200, max_rows=256)
+    with Exchange(device="cpu", **sizes) as exchange:
+        plan = exchange.plan(torch.zeros(200, 1, dtype=torch.int32))
+        assert exchange.dispatch(torch.ones(200, 8).bfloat16(), plan).shape == (256, 8)
+        one_each = torch.arange(200, dtype=torch.int32)[:, None] % 2
+        one_each[:30] = 0  # 115 and 85 rows: one tile of 128 each
+        assert exchange.plan(one_each).num_rows == 256
+        one_each[:60] = 0  # 130 rows: two tiles
+        with pytest.raises(RowsOverflowError, match="384 rows .* max_rows=256.* max_rows=384"):
+            exchange.plan(one_each)
 
 
 def test_bad_arguments_name_value_limit_and_remedy(gloo_workers_4):

@@ -262,6 +262,17 @@ def test_communication_by_its_name(name):
     assert re.search(COMM_KERNELS, name)
 
 
+def test_every_kernel_of_the_exchange_is_communication():
+    sources = sorted((Path(__file__).parents[1] / "csrc").glob("*.cu"))
+    pattern = r"__global__ void\s+(?:__launch_bounds__\(.*\)\s+)?(\w+)\("
+    kernels = [name for path in sources for name in re.findall(pattern, path.read_text())]
+    assert len(kernels) == sum(path.read_text().count("__global__") for path in sources) > 0
+    for name in kernels:
+        assert re.search(COMM_KERNELS, f"void dualpipe::<unnamed>::{name}(dualpipe::Exchange)")
+        mangled = f"_ZN8dualpipe39_GLOBAL__N__e62f1a8b_7_some_cu_36357970{len(name)}{name}ENS_8Ex"
+        assert re.search(COMM_KERNELS, mangled), name
+
+
 @pytest.mark.parametrize(
     "name",
     [
