@@ -124,7 +124,7 @@ def plot(records: list[dict], path: str) -> None:
                 _curve(panel, records, name, label, next(styles), linewidth=1.8)
         _curve(panel, records, "ceiling", ROWS["ceiling"], "k--", linewidth=1)
         for record in records:
-            if record["comm_sms"] is None:
+            if record["name"] in ("nccl", "copies_in_turn"):
                 panel.axhline(record["us"], color="grey", linestyle=":", linewidth=1)
                 at = (max(_counts(records)), record["us"])
                 label = PEERS[record["name"]]

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks of the exchange: a process a GPU, timing in turn, facts of the run."""
+"""Shared by the benchmarks: a process a GPU, timing in turn, facts of the run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import os
 import socket
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,18 @@ import torch.multiprocessing as mp
 
 import dualpipe_ext
 
-__all__ = ["describe_run", "on_every_gpu", "print_progress", "time_in_turn", "write_json"]
+__all__ = [
+    "Stamp",
+    "describe_run",
+    "line_up",
+    "local_device",
+    "on_every_gpu",
+    "on_every_rank",
+    "print_progress",
+    "slowest",
+    "time_in_turn",
+    "write_json",
+]
 
 Launch = Callable[[], object]  # puts work on the current stream
 
@@ -26,9 +38,15 @@ def on_every_gpu(measure: Callable, args: argparse.Namespace) -> None:
     """Run ``measure(args, rank, world_size)`` in one process a GPU (``args.ranks``; None: all)."""
     if not torch.cuda.is_available():
         sys.exit(f"{sys.argv[0]} times GPUs, and torch sees none here")
-    world_size = args.ranks or torch.cuda.device_count()
-    if world_size > torch.cuda.device_count():
-        sys.exit(f"--ranks {world_size}: this machine has {torch.cuda.device_count()} GPUs")
+    on_every_rank(measure, args)
+
+
+def on_every_rank(measure: Callable, args: argparse.Namespace) -> None:
+    """`on_every_gpu`; where there is no GPU, ``args.ranks`` gloo processes (None: 4)."""
+    gpus = torch.cuda.device_count()
+    world_size = args.ranks or gpus or 4
+    if gpus and world_size > gpus:
+        sys.exit(f"--ranks {world_size}: this machine has {gpus} GPUs")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         with socket.socket() as free:
@@ -38,62 +56,104 @@ def on_every_gpu(measure: Callable, args: argparse.Namespace) -> None:
 
 
 def _run_rank(rank: int, measure: Callable, args: argparse.Namespace, world_size: int) -> None:
-    torch.cuda.set_device(rank)
+    device = None
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+        device = local_device()
+    else:
+        torch.set_num_threads(1)
     dist.init_process_group(
-        "nccl",
+        "gloo" if device is None else "nccl",
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=120),
-        device_id=torch.device("cuda", rank),
+        device_id=device,
     )
     measure(args, rank, world_size)
     dist.barrier()
     dist.destroy_process_group()
 
 
+def local_device() -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+class Stamp:
+    """A moment in the current stream; without a GPU, on the host."""
+
+    def __init__(self) -> None:
+        self._event = None
+        if torch.cuda.is_available():
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+        self._host = time.perf_counter()
+
+    def until(self, end: Stamp) -> float:
+        """µs from here to `end`; GPU work must be done."""
+        if self._event is None:
+            return (end._host - self._host) * 1e6
+        return self._event.elapsed_time(end._event) * 1e3
+
+
+def line_up(host_us: float) -> None:
+    """Ranks begin what follows together; on a GPU the host gets about `host_us` ahead of it."""
+    if torch.cuda.is_available():
+        torch.cuda._sleep(int(host_us * 2000))  # cycles, at about 2 GHz
+    dist.all_reduce(torch.zeros(1, device=local_device()))
+
+
+def slowest(values: Sequence[float]) -> list[float]:
+    """The largest of each value over the ranks."""
+    found = torch.tensor(values, dtype=torch.float64, device=local_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.tolist()
+
+
 def time_in_turn(
-    variants: dict[str, Launch], repeats: int, warmup: int, calls: int = 1
+    variants: dict[str, Launch], repeats: int, warmup: int, calls: int = 1, host_us: float = 250
 ) -> dict[str, float]:
     """Median µs of one call of each variant on the slowest rank.
 
-    The variants take turns; between the two events of a timing one is called `calls` times.
+    The variants take turns; between the two stamps of a timing one is called `calls` times. The
+    host runs ahead of the device by 750 µs, and `host_us` for each call.
     """
-    line_up = torch.zeros(1, device="cuda")
     times = {name: [] for name in variants}
     for repeat in range(warmup + repeats):
         for name, launch in variants.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # The host runs ahead of the device: about 0.75 ms, and 0.25 ms for each call.
-            torch.cuda._sleep(1_500_000 + 500_000 * calls)
-            dist.all_reduce(line_up)
-            begin.record()
+            line_up(750 + host_us * calls)
+            begin = Stamp()
             for _ in range(calls):
                 launch()
-            end.record()
             if repeat >= warmup:
-                times[name].append((begin, end))
-        torch.cuda.synchronize()
+                times[name].append((begin, Stamp()))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     medians = [
-        statistics.median(b.elapsed_time(e) for b, e in events) * 1e3 / calls
-        for events in times.values()
+        statistics.median(begin.until(end) for begin, end in stamps) / calls
+        for stamps in times.values()
     ]
-    slowest = torch.tensor(medians, device="cuda")
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return dict(zip(variants, slowest.tolist(), strict=True))
+    return dict(zip(variants, slowest(medians), strict=True))
 
 
 def describe_run(script: str, args: argparse.Namespace, world_size: int, sizes: dict) -> dict:
     """Command, date, hardware, versions and sizes, for a result file."""
-    return {
+    found = {
         "command": " ".join(["python", script, *map(os.path.basename, args.arguments)]),
         "date": datetime.date.today().isoformat(),
-        "gpu": f"{world_size}x {torch.cuda.get_device_name()}",
+        "gpu": f"{world_size} processes on the CPU",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "nccl": None,
         "dualpipe_ext": dualpipe_ext.__version__,
         "sizes": sizes,
     }
+    if torch.cuda.is_available():
+        found["gpu"] = f"{world_size}x {torch.cuda.get_device_name()}"
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
 
 
 def write_json(path: str, result: dict) -> None:
