@@ -103,17 +103,12 @@ class Exchange:
         self.backend, self.backend_reason = agree_on_backend(options, self.group, self.device)
         self.layout = RoutingLayout(self.rank, self.world_size, num_experts, topk, max_tokens)
         if self.backend == "nvlink":
-            from .nvlink import NvlinkBackend
-
-            self._backend = NvlinkBackend(
-                self.group,
-                self.layout,
-                hidden,
-                dtype,
-                self.device,
-                timeout,
-                self.form == "unique",
-                max_rows,
+            if self.form == "unique":
+                from .nvlink_unique import NvlinkUniqueBackend as Backend
+            else:
+                from .nvlink import NvlinkBackend as Backend
+            self._backend = Backend(
+                self.group, self.layout, hidden, dtype, self.device, timeout, max_rows
             )
         else:
             self._backend = ReferenceBackend(self.group, self.layout, hidden, dtype, max_rows)
@@ -137,13 +132,13 @@ class Exchange:
 
     @property
     def num_sms(self) -> int | None:
-        """SMs of the compute kernels of form "unique"; settable. None on the reference backend."""
+        """SMs of the compute kernels of form "unique"; settable. None where there are none."""
         return getattr(self._backend, "num_sms", None)
 
     @num_sms.setter
     def num_sms(self, num_sms: int) -> None:
         self._check_open()
-        if self.backend == "nvlink":
+        if self.num_sms is not None:
             total = torch.cuda.get_device_properties(self.device).multi_processor_count
             if not isinstance(num_sms, int) or not 1 <= num_sms <= total:
                 raise ValueError(f"num_sms={num_sms!r} is outside [1, {total}], this GPU's SMs")
@@ -233,10 +228,7 @@ class Exchange:
             with row_weight a pair of these and [T, K] fp32, zero where a route was dropped.
         """
         self._check_call(plan, channel)
-        self._check_rows("rows", rows, plan.num_rows, "R")
-        if row_weight is not None:
-            _check_tensor("row_weight", row_weight, self._weight_dtype, self.device)
-            _check_shape("row_weight", row_weight, [plan.num_rows], "[R]")
+        self._check_combine(rows, plan, row_weight)
         y, topk_weight = _Transfer.apply(rows, row_weight, self, plan, "combine", channel, None)
         return y if row_weight is None else (y, topk_weight)
 
@@ -251,8 +243,8 @@ class Exchange:
     ) -> UniqueRows:
         """Send every token once to each rank that has an expert of it. Form "unique"; no autograd.
 
-        Arguments as in :meth:`dispatch`. The consumer brings rows into expert order, or gathers
-        them by ``plan.expert_rows``, and then releases what it got.
+        Arguments as in :meth:`dispatch`. The consumer brings rows into expert order with
+        :meth:`expand`, or gathers them by ``plan.expert_rows`` and then releases what it got.
         """
         self._check_dispatch(x, plan, channel, topk_weight, payload)
         self._check_unique("dispatch_unique")
@@ -261,10 +253,23 @@ class Exchange:
             "dispatch_unique", x.contiguous(), plan, weight, channel, payload
         )
         backend = self._backend
-        return UniqueRows(rows, scales, weights, lambda: backend.release(channel))
+        return UniqueRows(rows, scales, weights, channel, lambda: backend.release(channel))
+
+    def expand(self, received: UniqueRows, plan: Plan):
+        """Bring received rows into expert order on ``num_sms`` SMs, and release them.
+
+        Returns what :meth:`dispatch` would. Not collective: it may run on another stream than the
+        dispatch, ordered behind it, such as beside the next transfer.
+        """
+        self._check_call(plan, received.channel)
+        self._check_unique("expand")
+        found = received.rows, received.scales, received.topk_weight
+        rows, row_weight = self._backend_call("expand", found, plan, received.channel)
+        return rows if row_weight is None else (rows, row_weight)
 
     def sums(self, plan: Plan, *, channel: str = "forward") -> torch.Tensor:
-        """Where :meth:`combine_unique` reads: [P, max_tokens, H], to be filled by the caller.
+        """Where :meth:`combine_unique` reads: [P, max_tokens, H], to be filled by the caller,
+        or by :meth:`sum_rows`.
 
         Row [p, i], i < ``plan.unique_counts[p]``, takes the sum of this rank's rows of the i-th
         token that rank p sent here, ``plan.expert_rows[p, i]``. Writable from this call on (in
@@ -274,14 +279,34 @@ class Exchange:
         self._check_unique("sums")
         return self._backend.sums(plan, channel)
 
-    def combine_unique(self, plan: Plan, *, channel: str = "forward") -> torch.Tensor:
+    def sum_rows(
+        self,
+        rows: torch.Tensor,
+        plan: Plan,
+        *,
+        channel: str = "forward",
+        row_weight: torch.Tensor | None = None,
+    ) -> None:
+        """Fill :meth:`sums` from rows [R, H] in expert order, on ``num_sms`` SMs.
+
+        With row_weight [R] fp32 the scalars go along. Not collective; no autograd.
+        """
+        self._check_call(plan, channel)
+        self._check_unique("sum_rows")
+        self._check_combine(rows, plan, row_weight)
+        row_weight = None if row_weight is None else row_weight.contiguous()
+        self._backend_call("sum_rows", rows.contiguous(), plan, row_weight, channel)
+
+    def combine_unique(self, plan: Plan, *, channel: str = "forward", weighted: bool = False):
         """y [T, H]: add up the sums that every rank has for this rank's tokens, in rank order.
 
-        Collective, no autograd; the sums are what :meth:`sums` gave and the caller filled.
+        Collective, no autograd; the sums are what :meth:`sums` gave and the caller filled. With
+        ``weighted`` a pair of these and the scalars [T, K] that every rank gave :meth:`sum_rows`.
         """
         self._check_call(plan, channel)
         self._check_unique("combine_unique")
-        return self._backend_call("combine_unique", plan, channel)
+        y, topk_weight = self._backend_call("combine_unique", plan, channel, weighted)
+        return (y, topk_weight) if weighted else y
 
     def check(self) -> None:
         """Raise what a finished kernel reported, without waiting for kernels in flight.
@@ -367,6 +392,12 @@ class Exchange:
                 f"fp8 rows are made from bfloat16 with H a multiple of 16, not {self.dtype} with "
                 f"H={self.hidden}: leave payload out"
             )
+
+    def _check_combine(self, rows, plan: Plan, row_weight) -> None:
+        self._check_rows("rows", rows, plan.num_rows, "R")
+        if row_weight is not None:
+            _check_tensor("row_weight", row_weight, self._weight_dtype, self.device)
+            _check_shape("row_weight", row_weight, [plan.num_rows], "[R]")
 
     def _check_unique(self, what: str) -> None:
         if self.form != "unique":

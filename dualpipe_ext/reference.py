@@ -70,6 +70,7 @@ class ReferenceBackend:
         self.max_rows = max_rows
         self.comm_sms = 0  # the library below decides
         self._sums: dict[str, torch.Tensor] = {}
+        self._sum_weights: dict[str, torch.Tensor | None] = {}
 
     def plan(self, topk_idx: torch.Tensor) -> ReferencePlan:
         layout, rank = self.layout, self.layout.rank
@@ -180,7 +181,39 @@ class ReferenceBackend:
     def release(self, channel: str) -> None:
         """Nothing to give back: dispatch_unique made tensors of its own."""
 
-    def combine_unique(self, plan: ReferencePlan, channel: str) -> torch.Tensor:
+    def expand(
+        self, received: tuple[torch.Tensor | None, ...], plan: ReferencePlan, channel: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        unique, scales, weights = received
+        source, i, k, slot = self._arrived_routes(plan)
+        arrived = unique[source, i]
+        if scales is not None:
+            arrived = dequantize_rows(arrived, scales[source, i], self.dtype)
+        rows = arrived.new_zeros(plan.rows, arrived.shape[1])
+        rows[slot] = arrived
+        if weights is None:
+            return rows, None
+        row_weight = weights.new_zeros(plan.rows)
+        row_weight[slot] = weights[source, i, k]
+        return rows, row_weight
+
+    def sum_rows(
+        self,
+        rows: torch.Tensor,
+        plan: ReferencePlan,
+        row_weight: torch.Tensor | None,
+        channel: str,
+    ) -> None:
+        source, i, _, slot = self._arrived_routes(plan)
+        sums = self.sums(plan, channel)
+        found = torch.zeros_like(sums, dtype=_sum_dtype(sums))
+        found.index_put_((source, i), rows[slot].to(found.dtype), accumulate=True)
+        sums.copy_(found)
+        self._sum_weights[channel] = row_weight
+
+    def combine_unique(
+        self, plan: ReferencePlan, channel: str, weighted: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         sums = self.sums(plan, channel).flatten(0, 1)[plan.recv_slots]
         sent_back = self._all_to_all(sums, plan.token_recv_counts, plan.token_send_counts)
         y = sums.new_zeros(plan.num_tokens, self.hidden, dtype=_sum_dtype(sums))
@@ -189,7 +222,21 @@ class ReferenceBackend:
             plan.send_tokens.split(counts), sent_back.split(counts), strict=True
         ):  # rank by rank, each token at most once: the order of the sum is fixed
             y[tokens] += part
-        return y.to(sums.dtype)
+        topk_weight = None
+        if weighted:
+            row_weight = self._sum_weights.pop(channel)
+            topk_weight = row_weight.new_zeros(plan.num_tokens * self.layout.topk)
+            topk_weight[plan.send_routes] = self._send_back(row_weight[plan.recv_rows], plan)
+            topk_weight = topk_weight.view(plan.num_tokens, self.layout.topk)
+        return y.to(sums.dtype), topk_weight
+
+    def _arrived_routes(self, plan: ReferencePlan) -> tuple[torch.Tensor, ...]:
+        """(source rank, place among its arrivals, k, slot) of every route that leads here."""
+        places = torch.arange(self.layout.max_tokens, device=plan.unique_counts.device)
+        arrived = places < plan.unique_counts[:, None]
+        here = (plan.expert_rows >= 0) & arrived[:, :, None]
+        source, i, k = here.nonzero(as_tuple=True)
+        return source, i, k, plan.expert_rows[source, i, k].long()
 
     def check(self) -> None:
         """Nothing to report: ``torch.distributed`` raises by itself."""

@@ -23,11 +23,13 @@ class UniqueRows:
         rows: [P, max_tokens, H] in the exchange's dtype, or float8_e4m3fn.
         scales: [P, max_tokens, ⌈H / 128⌉] fp32, factors of 128 columns each of fp8 rows, else None.
         topk_weight: [P, max_tokens, K] fp32, all routing weights of the token, or None.
+        channel: "forward" or "backward".
     """
 
     rows: torch.Tensor
     scales: torch.Tensor | None
     topk_weight: torch.Tensor | None
+    channel: str
     on_release: Callable[[], None]
 
     def release(self) -> None:

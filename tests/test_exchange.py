@@ -76,6 +76,16 @@ def _unique_rows(rank, group):
         y = exchange.combine_unique(plan)
         torch.testing.assert_close(y, exchange.combine(rows, plan), rtol=1e-6, atol=1e-6)
 
+        received = exchange.dispatch_unique(x, plan, topk_weight=case.topk_weight(rank))
+        rows_too, row_weight = exchange.expand(received, plan)
+        expected = exchange.dispatch(x, plan, topk_weight=case.topk_weight(rank))
+        assert torch.equal(rows_too, rows) and torch.equal(row_weight, expected[1])
+        exchange.sum_rows(rows, plan, row_weight=row_weight, channel="backward")
+        found = exchange.combine_unique(plan, weighted=True, channel="backward")
+        want = exchange.combine(rows, plan, row_weight=row_weight)
+        torch.testing.assert_close(found[0], want[0], rtol=1e-6, atol=1e-6)
+        assert torch.equal(found[1], want[1])
+
 
 def test_unique_rows(gloo_workers_4):
     gloo_workers_4.run(_unique_rows)

@@ -92,7 +92,23 @@ def _held_rows(rank, group):
             exchange.dispatch(x, plan)
         exchange.dispatch(x, plan, channel="backward")  # the other channel has its own buffers
         held.release()
-        assert torch.equal(exchange.dispatch(x, plan), exchange.dispatch(x, plan))
+        rows = exchange.dispatch(x, plan)
+        side = torch.cuda.Stream()
+        for _ in range(20):  # expansion and sums on one stream, transfers on another
+            received = exchange.dispatch_unique(x, plan)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                expanded = exchange.expand(received, plan)
+                exchange.sum_rows(expanded, plan)
+            torch.cuda.current_stream().wait_stream(side)
+            y = exchange.combine_unique(plan)
+            assert torch.equal(expanded, rows)
+            assert torch.equal(y, exchange.combine(rows, plan))
+        bad = idx.clone()
+        bad[2, 0] = 8
+        with pytest.raises(IndexError):
+            exchange.dispatch(x, exchange.plan(bad))
+        assert torch.equal(exchange.dispatch(x, plan), rows)  # nothing is held by the failed call
 
 
 @four

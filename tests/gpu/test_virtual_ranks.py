@@ -83,7 +83,9 @@ def load_row_kernels(world_size, case):
 @contextmanager
 def virtual_ranks(monkeypatch, world_size, case, timeout=20.0, comm_sms=4, unique=False):
     """A backend and a stream for every rank."""
-    from dualpipe_ext import nvlink
+    from dualpipe_ext import nvlink, nvlink_unique
+
+    make_backend = nvlink_unique.NvlinkUniqueBackend if unique else nvlink.NvlinkBackend
 
     buffers, backends = [], []
 
@@ -96,11 +98,10 @@ def virtual_ranks(monkeypatch, world_size, case, timeout=20.0, comm_sms=4, uniqu
     device = torch.device("cuda", torch.cuda.current_device())
     for rank in range(world_size):
         layout = RoutingLayout(rank, world_size, case.num_experts, case.topk, case.max_tokens)
-        backends.append(
-            nvlink.NvlinkBackend(None, layout, case.hidden, case.dtype, device, timeout, unique)
-        )
+        backends.append(make_backend(None, layout, case.hidden, case.dtype, device, timeout))
         backends[-1].comm_sms = comm_sms
-        backends[-1].num_sms = 4
+        if unique:
+            backends[-1].num_sms = 4
     streams = [torch.cuda.Stream() for _ in range(world_size)]
     # No allocation may wait for the device while some ranks' kernels wait for the others'.
     if unique:
