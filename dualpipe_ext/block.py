@@ -31,6 +31,7 @@ from .exchange import Exchange
 from .grouped_mlp import grouped_mlp, mlp_dgrad, mlp_forward, mlp_wgrad
 from .moe import MoELayer
 from .segment import Segment
+from .unique_rows import UniqueRows
 from .weight_gradients import WeightGradients
 
 __all__ = ["BlockChunk", "RoutedExperts", "TransformerBlock"]
@@ -171,12 +172,18 @@ class BlockChunk:
         self._attention = Segment(attend, grad=grad, recompute="attention" in block.recompute)
         self._mlp: Segment | None = None  # a foreign or dense MLP
         self._mlp_weights = WeightGradients()
+        self._received: UniqueRows | None = None
         self.aux_loss: Tensor | None = None
 
     @property
     def exchange(self) -> Exchange | None:
         """That of the block; None for a dense one, or before the first forward opened it."""
         return None if self._moe is None else self._moe.exchange
+
+    @property
+    def _unique(self) -> bool:
+        """Unique rows are expanded, and summed, where the MLP runs: on the compute lane."""
+        return self._moe is not None and self.exchange.form == "unique"
 
     # ---- Forward ----
 
@@ -205,25 +212,37 @@ class BlockChunk:
     @torch.no_grad()
     def dispatch(self) -> tuple[Tensor, ...]:
         if self._moe is None:
-            self._rows = self._m
+            self._rows, self._m = self._m, None
+            return (self._rows,)
+        options = dict(
+            topk_weight=self._topk_weight,
+            channel=self._channel,
+            payload=getattr(self._moe, "payload", None),
+        )
+        if self._unique:
+            self._received = self.exchange.dispatch_unique(self._m, self._plan, **options)
+            found = ()
         else:
-            self._rows, self._row_weight = self.exchange.dispatch(
-                self._m,
-                self._plan,
-                topk_weight=self._topk_weight,
-                channel=self._channel,
-                payload=getattr(self._moe, "payload", None),
-            )
-            self._topk_weight = self._topk_idx = None
-        self._m = None
-        return (self._rows,) if self._moe is None else (self._rows, self._row_weight)
+            found = self.exchange.dispatch(self._m, self._plan, **options)
+            self._rows, self._row_weight = found
+        self._m = self._topk_weight = self._topk_idx = None
+        return found
 
     def mlp(self, num_sms: int | None = None) -> tuple[Tensor, ...]:
+        if self._received is not None:
+            self._rows, self._row_weight = self.exchange.expand(self._received, self._plan)
+            self._received = None
+        self._mlp_forward(num_sms)
+        if self._unique:
+            self.exchange.sum_rows(self._out.detach(), self._plan, channel=self._channel)
+        return (self._out,)
+
+    def _mlp_forward(self, num_sms: int | None) -> None:
         self._dtype = self._rows.dtype
         recompute = "mlp" in self.block.recompute
         if self._explicit:
             self._run_experts(num_sms, recompute)
-            return (self._out,)
+            return
         function = self.block.feed_forward if self._moe is None else self._moe.experts
         inputs = (self._rows,)
         if self._moe is not None:
@@ -231,12 +250,13 @@ class BlockChunk:
         self._mlp = Segment(function, grad=self._grad, recompute=recompute)
         (self._out,) = self._mlp.forward(*inputs)
         self._rows = self._row_weight = None
-        return (self._out,)
 
     @torch.no_grad()
     def combine(self) -> tuple[Tensor, ...]:
         self._y = self._out
-        if self._moe is not None:
+        if self._unique:
+            self._y = self.exchange.combine_unique(self._plan, channel=self._channel)
+        elif self._moe is not None:
             self._y = self.exchange.combine(self._out, self._plan, channel=self._channel)
         self._out = None
         return (self._y,)
@@ -255,17 +275,31 @@ class BlockChunk:
         self._d_output = self._d_out = d_output
         if self._moe is not None:
             dy = d_output.reshape(-1, d_output.shape[-1]).to(self._dtype)
+            if self._unique:
+                self._received = self.exchange.dispatch_unique(dy, self._plan, channel="backward")
+                return ()
             self._d_out = self.exchange.dispatch(dy, self._plan, channel="backward")
         return (self._d_out,)
 
     @torch.no_grad()
     def mlp_backward(self, num_sms: int | None = None) -> tuple[Tensor, ...]:
         """Gradients of rows and row_weight; those of the weights wait for the next method."""
+        if self._received is not None:
+            self._d_out = self.exchange.expand(self._received, self._plan)
+            self._received = None
+        self._mlp_backward_input(num_sms)
+        if self._unique:
+            self.exchange.sum_rows(
+                self._d_rows, self._plan, row_weight=self._d_weight, channel="backward"
+            )
+        return tuple(d for d in (self._d_rows, self._d_weight) if d is not None)
+
+    def _mlp_backward_input(self, num_sms: int | None) -> None:
         if not self._explicit:
             self._d_rows, *rest = self._mlp.backward_input(self._d_out)
             self._d_weight = rest[0] if rest else None
             self._d_out = None
-            return tuple(d for d in (self._d_rows, self._d_weight) if d is not None)
+            return
         if self._saved is None:
             self._run_experts(num_sms, recompute=False)
             self._out = None
@@ -276,7 +310,6 @@ class BlockChunk:
                 (moe.w13, moe.w2), lambda: mlp_wgrad(d_out, saved, num_sms=num_sms)
             )
         self._saved = self._rows = self._row_weight = self._d_out = None
-        return self._d_rows, self._d_weight
 
     def mlp_backward_weight(self) -> None:
         self._mlp_weights.run()
@@ -288,11 +321,16 @@ class BlockChunk:
         """The backward of dispatch is a combine."""
         self._d_m, self._d_topk_weight = self._d_rows, None
         if self._moe is not None:
-            found = self.exchange.combine(
-                self._d_rows, self._plan, row_weight=self._d_weight, channel="backward"
-            )
+            weighted = self._d_weight is not None
+            if self._unique:
+                found = self.exchange.combine_unique(
+                    self._plan, channel="backward", weighted=weighted
+                )
+            else:
+                found = self.exchange.combine(
+                    self._d_rows, self._plan, row_weight=self._d_weight, channel="backward"
+                )
             self._d_m, self._d_topk_weight = found if self._d_weight is not None else (found, None)
-            self._plan = None
         self._d_rows = self._d_weight = None
         return tuple(d for d in (self._d_m, self._d_topk_weight) if d is not None)
 
@@ -304,6 +342,9 @@ class BlockChunk:
             gradients = (*gradients, self._d_topk_weight, d_aux_loss, None, None)
         (dx,) = self._attention.backward_input(*gradients)
         self._d_output = self._d_m = self._d_topk_weight = None
+        # Not before: the compute lane may have made it, and now it is behind dispatch's backward,
+        # which reads it on the communication lane.
+        self._plan = None
         return dx
 
     def attention_backward_weight(self) -> None:

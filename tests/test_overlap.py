@@ -1,6 +1,7 @@
 """Blocks in segments and overlapped pairs on one process, against plain autograd."""
 
 import copy
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -211,6 +212,20 @@ def test_what_the_delay_leaves(weight_delay):
     assert attention.query_norm.weight.grad is not None
     chunk.backward_weight()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_plan_lives_until_the_compute_lane_is_behind_its_last_reader():
+    chunk = small.stage(1).start_chunk(torch.randn(2, 7, 16))
+    (out,) = chunk.forward()
+    (block,) = chunk.blocks
+    plan = weakref.ref(block._plan)
+    block.combine_backward(torch.randn_like(out))
+    block.mlp_backward()
+    block.mlp_backward_weight()
+    block.dispatch_backward()
+    assert plan() is not None
+    block.attention_backward()
+    assert plan() is None
 
 
 def test_gradient_hooks_fire_after_the_delayed_weights():
