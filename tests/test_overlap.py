@@ -49,6 +49,8 @@ def whole_model(kinds):
         "shared": lambda: small.block(shared_expert_hidden=8),
         "copies": lambda: small.block(num_slots=6),
         "bounded": lambda: small.block(max_rows=1024),
+        "unique": lambda: small.block(form="unique"),
+        "unique, bounded": lambda: small.block(form="unique", max_rows=1024),
         "dense": lambda: small.block(feed_forward=delay_linears(small.Dense())),
         "foreign dense": lambda: small.block(feed_forward=small.Dense()),
         "own experts": lambda: small.block(feed_forward=own_experts()),
@@ -65,6 +67,7 @@ MODELS = {
     "mixed": ["foreign dense", "shared", "own experts"],
     "recompute": ["recompute", "dense", "recompute foreign"],
     "placed and bounded": ["copies", "bounded"],
+    "unique rows": ["unique", "gqa", "unique, bounded"],
     "no blocks": [],
 }
 
