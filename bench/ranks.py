@@ -62,6 +62,7 @@ def _run_rank(rank: int, measure: Callable, args: argparse.Namespace, world_size
         device = local_device()
     else:
         torch.set_num_threads(1)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     dist.init_process_group(
         "gloo" if device is None else "nccl",
         rank=rank,

@@ -44,7 +44,8 @@ class OverlappedPair:
         device: of the model; None takes the current CUDA device, else the CPU.
         comm_sms: SMs (or a ratio) that communication takes inside a pair, see `Exchange.comm_sms`,
             which comes back to its value afterwards; None leaves it.
-        num_sms: SMs that the experts' GEMMs take inside a pair; None takes the layer's number.
+        num_sms: SMs that the experts' GEMMs, and the expansion and sums of unique rows, take inside
+            a pair; None takes the layer's and the exchange's numbers.
         weight_delay: "off": a layer's weight gradients come with its input gradients. "experts":
             those of our expert MLP come after the input gradients have left for the dispatch▲.
             "all": also those of attention, the rest of the block and the stage's two ends; the
@@ -208,18 +209,18 @@ class OverlappedPair:
     @contextmanager
     def _window(self, *chunks: StageChunk):
         """Both lanes start after what is queued now, and what follows starts after both."""
-        exchanges = _exchanges(chunks) if self.comm_sms is not None else []
-        before = [exchange.comm_sms for exchange in exchanges]
+        exchanges = _exchanges(chunks)
+        before = [(exchange.comm_sms, exchange.num_sms) for exchange in exchanges]
         for exchange in exchanges:
-            exchange.comm_sms = self.comm_sms
+            _set_sms(exchange, self.comm_sms, self.num_sms)
         self._lanes.open()
         try:
             yield
         finally:
             self._lanes.close()
-            for exchange, comm_sms in zip(exchanges, before, strict=True):
+            for exchange, sms in zip(exchanges, before, strict=True):
                 if not exchange.closed:
-                    exchange.comm_sms = comm_sms
+                    _set_sms(exchange, *sms)
 
 
 class _Track:
@@ -288,6 +289,13 @@ def _exchanges(chunks: Sequence[StageChunk]) -> list[Exchange]:
             if block.exchange is not None:
                 found[id(block.exchange)] = block.exchange
     return list(found.values())
+
+
+def _set_sms(exchange: Exchange, comm_sms: int | float | None, num_sms: int | None) -> None:
+    if comm_sms is not None:
+        exchange.comm_sms = comm_sms
+    if num_sms is not None:
+        exchange.num_sms = num_sms
 
 
 def _comm(block: BlockChunk) -> str:

@@ -57,7 +57,9 @@ COMM_KERNELS = "|".join(
         r"(?:^(?:void )?|::|\d)(?:dispatch|combine)(?!\w*::)",
         # Ours. The profiler leaves some names mangled: digits for colons.
         r"dualpipe.{0,99}?(?:::|\d)"
-        "(?:pull_rows|push_and_sum|gather_and_count|assign|wait_until_free)(?![a-z_])",
+        "(?:pull_rows|push_rows|push_fp8|push_ceiling|push_and_sum|pull_and_sum|gather_and_count"
+        "|assign|wait_until_free|wait_outbox|begin_copy|wait_target|tell_target|finish_copy)"
+        "(?![a-z_])",
         "Memcpy PtoP",
     )
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TINY = "--processes 2 --hidden 32 --heads 2 --expert-hidden 32 --layers 1 --batch 4 --sequence 32"
+TINY = "--processes 2 --hidden 32 --heads 2 --expert-hidden 32 --layers 2 --batch 6 --sequence 32"
 
 
 def run(*command):
@@ -47,6 +47,21 @@ def test_demo_learns_and_reports():
     assert (
         re.search(r"^loss.*$", again.stdout, re.M)[0] == loss.string[loss.start() :].split("\n")[0]
     )
+
+
+def test_demo_pipelines_over_four_processes():
+    options = ["--processes", "4", "--layers", "3", "--steps", "15"]
+    done = demo(*options)
+    assert done.returncode == 0, done.stderr
+    assert "2 pipeline ranks x 2 expert ranks" in done.stdout
+    drawn = re.findall(r"^rank (\d) (\S.*)$", done.stdout, re.M)
+    assert [rank for rank, _ in drawn] == ["0", "1"]
+    for _, actions in drawn:  # six chunks forward in both of a rank's stages
+        for chunk in range(6):
+            assert f"F{chunk}" in actions and f"f{chunk}" in actions
+    loss = re.search(r"^loss +(\d+\.\d+) -> (\d+\.\d+)", done.stdout, re.M)
+    assert 5.0 < float(loss[1]) < 6.5 and float(loss[2]) < float(loss[1]) - 0.5
+    assert re.search(r"^hidden +nothing: a CPU", done.stdout, re.M)
 
 
 def test_demo_shows_the_error_of_a_process():
