@@ -1,12 +1,10 @@
-"""Trains a small byte-level MoE transformer with DualPipeV on the sources of Python's library.
+"""Trains a small byte-level MoE transformer on the sources of Python's standard library.
 
-    python examples/train_moe.py [--steps N] [--pipeline-ranks R] ...            (or: make demo)
+    python examples/train_moe.py [--steps N] [--hidden H] [--experts E] ...      (or: make demo)
 
-It starts one process per GPU, or four gloo processes where there is no GPU, as a grid [pipeline
-rank, column]. A column is a pipeline, holds the whole model and reads batches of its own; a row is
-an expert group: equal stages, and a share of each layer's experts on every rank, so tokens travel
-to the experts. With one pipeline rank (fewer than four processes) expert parallelism is alone, and
-its communication still hides in overlapped pairs. Read it from `train` on.
+It starts one process per GPU, or four gloo processes where there is no GPU. Every process reads
+its own batches (data parallel) and owns a share of each layer's experts (expert parallel): tokens
+travel to the experts. Read it from `train` on; `Block` shows where the MoE layer sits.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,63 +24,78 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualpipe_ext import Exchange, MoELayer
-from dualpipe_ext.attention import GroupedQueryAttention
-from dualpipe_ext.block import TransformerBlock
-from dualpipe_ext.pipeline import Pipeline
-from dualpipe_ext.recording import record_trace
-from dualpipe_ext.schedule import build_schedule
-from dualpipe_ext.simulate import draw_text, simulate
-from dualpipe_ext.stage import TransformerStage
-from dualpipe_ext.trace import measure_overlap, read_trace
-from dualpipe_ext.weight_gradients import DelayedLinear
 
 VOCABULARY = 256  # bytes
 
 
-class Head(nn.Module):
-    """The end of the model: x [batch, sequence, H] → logits [batch, sequence, 256]."""
+def rotate(x: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) of x [batch, heads, sequence, width]."""
+    half = x.shape[-1] // 2
+    frequency = 10_000 ** (-torch.arange(half, device=x.device) / half)
+    angle = torch.outer(torch.arange(x.shape[-2], device=x.device), frequency)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
-    def __init__(self, hidden: int) -> None:
+
+class Block(nn.Module):
+    """Attention, then the MoE layer where a dense transformer has its MLP."""
+
+    def __init__(self, options: argparse.Namespace, exchange: Exchange) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(hidden)
-        self.bytes = DelayedLinear(hidden, VOCABULARY, bias=False)
+        hidden = options.hidden
+        self.heads = options.heads
+        self.attention_norm = nn.RMSNorm(hidden)
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.projection = nn.Linear(hidden, hidden, bias=False)
+        self.moe_norm = nn.RMSNorm(hidden)
+        self.moe = MoELayer(
+            hidden=hidden,
+            expert_hidden=options.expert_hidden,
+            num_experts=options.experts,
+            topk=options.topk,
+            group=exchange.group,
+            exchange=exchange,  # one set of buffers serves all layers: they run one after another
+            init_std=hidden**-0.5,
+            device=exchange.device,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bytes(self.norm(x))
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, sequence, width]
+        query, key = rotate(query), rotate(key)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.projection(mixed.transpose(1, 2).flatten(2))
+        return x + self.moe(self.moe_norm(x))
 
 
-def build_block(options: argparse.Namespace, exchange: Exchange) -> TransformerBlock:
-    attention = GroupedQueryAttention(options.hidden, heads=options.heads)
-    moe = MoELayer(
-        hidden=options.hidden,
-        expert_hidden=options.expert_hidden,
-        num_experts=options.experts,
-        topk=options.topk,
-        group=exchange.group,
-        exchange=exchange,  # one set of buffers serves all layers and micro-batches
-        init_std=options.hidden**-0.5,
-        device=exchange.device,
-    )
-    return TransformerBlock(options.hidden, attention, moe)
+class ByteTransformer(nn.Module):
+    """Predicts the next byte: [batch, sequence] int64 → [batch, sequence, 256] logits."""
 
+    def __init__(self, options: argparse.Namespace, exchange: Exchange) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, options.hidden)
+        self.blocks = nn.ModuleList(Block(options, exchange) for _ in range(options.layers))
+        self.norm = nn.RMSNorm(options.hidden)
+        self.head = nn.Linear(options.hidden, VOCABULARY, bias=False)
 
-def build_stage(
-    index: int, num_stages: int, options: argparse.Namespace, exchange: Exchange
-) -> TransformerStage:
-    """Stage `index` of the model, whose layers are dealt out as evenly as they divide."""
-    torch.manual_seed(1000 * options.seed + index)  # equal on the ranks of an expert group
-    first, end = (i * options.layers // num_stages for i in (index, index + 1))
-    stage = TransformerStage(
-        [build_block(options, exchange) for _ in range(first, end)],
-        first=nn.Embedding(VOCABULARY, options.hidden) if index == 0 else None,
-        last=Head(options.hidden) if index == num_stages - 1 else None,
-        aux_loss_scale=1 / options.chunks,  # what keeps the experts evenly loaded
-    )
-    return stage.to(exchange.device)
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def aux_loss(self) -> Tensor:
+        """What keeps the experts evenly loaded, summed over the layers of the last forward."""
+        return torch.stack([block.moe.aux_loss for block in self.blocks]).sum()
 
 
 class TimedExchange(Exchange):
-    """An Exchange that measures the time of its calls, by events on a GPU, else by the clock."""
+    """An Exchange that measures the time of its calls, in forward and in backward.
+
+    On a GPU by events around the call on its stream, else by the clock. The backward of a dispatch
+    is a combine that autograd starts by itself; hooks on the graph's node enclose it.
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -104,21 +116,24 @@ class TimedExchange(Exchange):
         return self._timed(super().plan, topk_idx)
 
     def dispatch(self, x, plan, **options):
-        return self._timed(super().dispatch, x, plan, **options)
+        result = self._timed(super().dispatch, x, plan, **options)
+        return self._time_backward(result)
 
     def combine(self, rows, plan, **options):
-        return self._timed(super().combine, rows, plan, **options)
-
-    def dispatch_unique(self, x, plan, **options):  # these two with --comm-sms 0: copy engines
-        return self._timed(super().dispatch_unique, x, plan, **options)
-
-    def combine_unique(self, plan, **options):
-        return self._timed(super().combine_unique, plan, **options)
+        result = self._timed(super().combine, rows, plan, **options)
+        return self._time_backward(result)
 
     def _timed(self, call, *args, **kwargs):
         self._mark()
         result = call(*args, **kwargs)
         self._mark()
+        return result
+
+    def _time_backward(self, result):
+        node = (result[0] if isinstance(result, tuple) else result).grad_fn
+        if node is not None:
+            node.register_prehook(lambda *_: self._mark())
+            node.register_hook(lambda *_: self._mark())
         return result
 
     def _mark(self) -> None:
@@ -172,23 +187,22 @@ def draw_batch(text: Tensor, options: argparse.Namespace, generator: torch.Gener
     return text[start + torch.arange(options.sequence + 1)].long()
 
 
-def average_gradients(stages: list[TransformerStage], group: dist.ProcessGroup) -> None:
-    """Gradients of the mean loss over all columns.
+def average_gradients(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Gradients of the mean loss over all ranks.
 
-    The experts' gradients already are sums over the tokens of all ranks of their group, because the
-    tokens came to them; all other parameters are replicated and need the all-reduce, one for all.
+    The experts' gradients already are sums over the tokens of all ranks, because the tokens came to
+    them; all other parameters are replicated and need the all-reduce, here one for all of them.
     """
-    parameters = [p for stage in stages for p in stage.parameters()]
-    replicated = [p.grad for p in parameters if not getattr(p, "expert_parallel", False)]
+    replicated = [p.grad for p in model.parameters() if not getattr(p, "expert_parallel", False)]
     flat = torch.cat([grad.flatten() for grad in replicated])
     dist.all_reduce(flat, group=group)
     for grad, total in zip(replicated, flat.split([g.numel() for g in replicated]), strict=True):
         grad.copy_(total.view_as(grad))
-    for p in parameters:
+    for p in model.parameters():
         p.grad /= group.size()
 
 
-def train(rank: int, options: argparse.Namespace, folder: str) -> None:
+def train(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
     """One process of the run."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
@@ -198,155 +212,68 @@ def train(rank: int, options: argparse.Namespace, folder: str) -> None:
     make_deterministic()
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        init_method=f"file://{folder}/rendezvous",
+        init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=options.processes,
     )
-    columns = options.processes // options.pipeline_ranks
-    grid = torch.arange(options.processes).view(options.pipeline_ranks, columns)
-    pipeline_group, _ = dist.new_subgroups_by_enumeration(grid.T.tolist())
-    expert_group, _ = dist.new_subgroups_by_enumeration(grid.tolist())
     exchange = TimedExchange(
-        expert_group,
+        dist.group.WORLD,
         hidden=options.hidden,
         num_experts=options.experts,
         topk=options.topk,
-        max_tokens=options.batch // options.chunks * options.sequence,
+        max_tokens=options.batch * options.sequence,
         dtype=torch.bfloat16 if cuda else torch.float32,
         backend=options.backend,
         comm_sms=options.comm_sms,
         device=device,
     )
-    schedule = build_schedule("dualpipev", options.pipeline_ranks, options.chunks)
-    stages = [
-        build_stage(stage, schedule.num_stages, options, exchange)
-        for stage in schedule.stages_of(rank // columns)
-    ]
-    num_sms = None
-    if cuda:  # a pair's GEMMs leave the exchange its SMs
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
-        num_sms = sms - exchange.comm_sms
-    pipeline = Pipeline(stages, schedule="dualpipev", group=pipeline_group, num_sms=num_sms)
-    trained = Training(rank, stages, pipeline, exchange, options)
-    trained.print_setup(draw_text(simulate(schedule), width=100))
-    trained.run()
-    trained.print_results(trained.describe_hidden(f"{folder}/trace.{rank}.json"))
-    pipeline.close()
+    torch.manual_seed(options.seed)  # the same on all ranks: replicated parameters start equal
+    model = ByteTransformer(options, exchange).to(device)
+    if rank == 0:
+        print_setup(model, exchange, options)
+    losses, seconds, share = run_steps(model, exchange, options)
+    if rank == 0:
+        print_results(losses, seconds, share, exchange, options)
     exchange.close()
     dist.destroy_process_group()
 
 
-class Training:
-    """The steps of one process, and what they showed."""
-
-    def __init__(self, rank, stages, pipeline, exchange, options) -> None:
-        self.rank, self.stages, self.pipeline = rank, stages, pipeline
-        self.exchange, self.options, self.device = exchange, options, exchange.device
-        self.text = read_text()
-        column = exchange.rank  # reads batches of its own
-        self.generator = torch.Generator().manual_seed(1000 * options.seed + column)
-        self.losses = torch.zeros(options.steps, device=self.device)
-
-    def run(self) -> None:
-        """Trains; sets `losses`, `share` spent exchanging and `seconds` a step."""
-        options = self.options
-        parameters = [p for stage in self.stages for p in stage.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.95))
-        ramp = 1 + options.steps // 10
-        rate = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1, (step + 1) / ramp, 2 * (1 - step / options.steps))
-        )
-        warmup = min(5, options.steps - 1)  # the first steps compile the kernels, not timed
-        bar = ProgressBar(options.steps) if self.rank == 0 else None
-        for step in range(options.steps):
-            if step == warmup:
-                start = synchronized_clock(self.device)
-                self.exchange.reset_clock()
-            losses = self.step()
-            average_gradients(self.stages, self.exchange.group)
-            optimizer.step()
-            rate.step()
-            optimizer.zero_grad()
-            if losses is not None:
-                self.losses[step] = losses.sum()
-            if bar and ((step + 1) % 5 == 0 or step + 1 == options.steps):
-                recent = self.losses[max(0, step - 4) : step + 1].mean().item()
-                bar.show(step + 1, f"loss {recent:.3f}")
-        seconds = synchronized_clock(self.device) - start
-        self.seconds = seconds / (options.steps - warmup)
-        # Losses are on the pipelines' first ranks, zero elsewhere.
-        shared = torch.cat([self.losses / self.exchange.world_size, self.losses.new_zeros(1)])
-        shared[-1] = self.exchange.seconds() / seconds / options.processes
-        dist.all_reduce(shared)
-        *self.mean_losses, self.share = shared.tolist()
-
-    def step(self) -> Tensor | None:
-        """Gradients of one batch; the chunks' parts of its loss, on the pipelines' first ranks."""
-        batch = draw_batch(self.text, self.options, self.generator).to(self.device)
-        passed, given = (), {"num_chunks": self.options.chunks}
-        if self.pipeline.rank == 0:  # in a V it holds both ends of the model
-            passed = (batch[:, :-1],)
-            given |= {"criterion": self.loss, "labels": [batch[:, 1:]]}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self.pipeline.step(*passed, **given).losses
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """A chunk's part of the batch's mean."""
-        found = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-        return found / self.options.chunks
-
-    def describe_hidden(self, path: str) -> str:
-        """How much of rank 0's exchange one more step hides."""
-        if self.device.type == "cpu":
-            return "nothing: a CPU overlaps nothing"
-        with record_trace(path):
-            self.step()
-        try:
-            trace = read_trace(path)
-        except ValueError as error:
-            return f"not measured: {error}"
-        # NCCL's are transfers between stages, which wait as long as the pipeline does.
-        events = tuple(event for event in trace.events if "nccl" not in event.name.lower())
-        share = measure_overlap(replace(trace, events=events)).total.hidden_share
-        if share is None:
-            return "not measured: the exchange ran no kernels of its own"
-        return f"{100 * share:.1f} % of dispatch and combine, start and end of a step included"
-
-    def print_setup(self, drawing: str) -> None:
-        own = [p for stage in self.stages for p in stage.parameters()]
-        sharded = sum(p.numel() for p in own if getattr(p, "expert_parallel", False))
-        counts = torch.tensor([sum(p.numel() for p in own), sharded], device=self.device)
-        dist.all_reduce(counts, group=self.pipeline.group)
-        total, sharded = counts.tolist()
-        total += sharded * (self.exchange.world_size - 1)
-        if self.rank == 0:
-            options, columns = self.options, self.exchange.world_size
-            print(
-                f"{options.processes} processes on {self.device.type}: {options.pipeline_ranks} "
-                f"pipeline ranks x {columns} expert ranks\n"
-                f"{options.layers} layers, {options.experts} experts of which a token uses "
-                f"{options.topk}, {total / 1e6:.1f} M parameters\n"
-                f"{self.exchange.backend} backend: {self.exchange.backend_reason}\n"
-                f"DualPipeV, {options.chunks} micro-batches (F forward, B backward, I and W its "
-                f"halves, F1B0 or & a pair):\n{drawing}",
-                flush=True,
-            )
-
-    def print_results(self, hidden: str) -> None:
-        if self.rank != 0:
-            return
-        options, tail = self.options, self.mean_losses[-10:]
-        tokens = self.exchange.world_size * options.batch * options.sequence
-        print(
-            f"loss                    {self.mean_losses[0]:.4f} -> {sum(tail) / len(tail):.4f}"
-            f" (first step -> mean of the last {len(tail)}, all ranks)\n"
-            f"tokens/s                {tokens / self.seconds:,.0f} over all ranks\n"
-            f"in dispatch and combine {100 * self.share:.1f} % of the time, waiting included\n"
-            f"hidden                  {hidden}\n"
-            f"backend                 {self.exchange.backend}\n"
-            f"comm_sms                {self.exchange.comm_sms}",
-            flush=True,
-        )
+def run_steps(
+    model: ByteTransformer, exchange: TimedExchange, options: argparse.Namespace
+) -> tuple[list[float], float, float]:
+    """Trains; returns the loss of every step, seconds a step, and the share spent exchanging."""
+    group, device = exchange.group, exchange.device
+    text = read_text()
+    generator = torch.Generator().manual_seed(options.seed * options.processes + exchange.rank)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95))
+    ramp = 1 + options.steps // 10
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / ramp, 2 * (1 - step / options.steps))
+    )
+    warmup = min(5, options.steps - 1)  # the first steps compile the kernels and are not timed
+    bar = ProgressBar(options.steps) if exchange.rank == 0 else None
+    losses = torch.zeros(options.steps, device=device)
+    for step in range(options.steps):
+        if step == warmup:
+            start = synchronized_clock(device)
+            exchange.reset_clock()
+        batch = draw_batch(text, options, generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(batch[:, :-1])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        (loss + model.aux_loss()).backward()
+        average_gradients(model, group)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses[step] = loss.detach()
+        if bar and ((step + 1) % 5 == 0 or step + 1 == options.steps):
+            bar.show(step + 1, f"loss {losses[max(0, step - 4) : step + 1].mean().item():.3f}")
+    seconds = synchronized_clock(device) - start
+    shared = torch.cat([losses, losses.new_tensor([exchange.seconds() / seconds])])
+    dist.all_reduce(shared, group=group)
+    *means, share = (shared / group.size()).tolist()
+    return means, seconds / (options.steps - warmup), share
 
 
 def synchronized_clock(device: torch.device) -> float:
@@ -355,10 +282,43 @@ def synchronized_clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def print_setup(model: nn.Module, exchange: Exchange, options: argparse.Namespace) -> None:
+    own = sum(p.numel() for p in model.parameters())
+    sharded = sum(p.numel() for p in model.parameters() if getattr(p, "expert_parallel", False))
+    total = own + sharded * (exchange.world_size - 1)
+    print(
+        f"{options.processes} processes on {exchange.device.type}, {options.layers} layers, "
+        f"{options.experts} experts of which a token uses {options.topk}, "
+        f"{total / 1e6:.1f} M parameters\n"
+        f"{exchange.backend} backend: {exchange.backend_reason}",
+        flush=True,
+    )
+
+
+def print_results(
+    losses: list[float],
+    seconds: float,
+    share: float,
+    exchange: Exchange,
+    options: argparse.Namespace,
+) -> None:
+    tail = losses[-10:]
+    tokens = options.processes * options.batch * options.sequence
+    print(
+        f"loss                    {losses[0]:.4f} -> {sum(tail) / len(tail):.4f}"
+        f" (first step -> mean of the last {len(tail)}, all ranks)\n"
+        f"tokens/s                {tokens / seconds:,.0f} over all ranks\n"
+        f"in dispatch and combine {100 * share:.1f} % of the time, waiting for peers included\n"
+        f"backend                 {exchange.backend}\n"
+        f"comm_sms                {exchange.comm_sms}",
+        flush=True,
+    )
+
+
 def make_deterministic() -> None:
     """Two runs with one seed print the same losses: torch's kernels, too, must not use atomics."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)  # names what has no such kernel
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes nothing here
 
 
@@ -368,38 +328,30 @@ def count_cores() -> int:
 
 def parse_options() -> argparse.Namespace:
     gpus = torch.cuda.device_count()
+    processes = min(gpus, 8) or 4
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--processes", type=int, default=min(gpus, 8) or 4, help="one per GPU where there are any")
-    add("--pipeline-ranks", type=int, help="default: 2 where this leaves 2 or more expert ranks")
-    add("--chunks", type=int, help="micro-batches of a step; default: 3 a pipeline rank")
-    add("--steps", type=int, default=300 if gpus else 120)
-    add("--batch", type=int, default=24 if gpus else 12, help="sequences per pipeline and step")
+    add("--processes", type=int, default=processes, help="ranks, one per GPU where there are any")
+    add("--steps", type=int, default=300 if gpus else 200)
+    add("--batch", type=int, default=16 if gpus else 8, help="sequences per process and step")
     add("--sequence", type=int, default=1024 if gpus else 128, help="bytes in a sequence")
-    add("--layers", type=int, default=8 if gpus else 4)
+    add("--layers", type=int, default=4 if gpus else 2)
     add("--hidden", type=int, default=1024 if gpus else 128)
     add("--heads", type=int, default=8 if gpus else 4)
     add("--expert-hidden", type=int, default=1024 if gpus else 128)
-    add("--experts", type=int, help="in each layer; default: 8 or 4 per expert rank")
+    add("--experts", type=int, default=None, help="in each layer; default: 8 or 2 per process")
     add("--topk", type=int, default=2, help="experts that a token uses")
     add("--backend", choices=["auto", "nvlink", "reference"], default="auto")
     add("--comm-sms", type=int, default=16, help="SMs that communication may take")
     add("--lr", type=float, default=1e-3 if gpus else 5e-3)
     add("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.experts is None:
+        options.experts = options.processes * (8 if gpus else 2)
     if gpus and options.processes > gpus:
         parser.error(f"--processes {options.processes} exceeds the {gpus} GPUs: use at most {gpus}")
-    if options.pipeline_ranks is None:
-        options.pipeline_ranks = 2 if options.processes >= 4 and options.processes % 2 == 0 else 1
-    if options.chunks is None:
-        options.chunks = 3 * options.pipeline_ranks
-    columns, rest = divmod(options.processes, options.pipeline_ranks)
-    if rest:
-        parser.error(f"--processes {options.processes} is no multiple of --pipeline-ranks")
-    if options.experts is None:
-        options.experts = columns * (8 if gpus else 4)
     return options
 
 
@@ -407,7 +359,7 @@ def main() -> None:
     options = parse_options()
     with tempfile.TemporaryDirectory() as folder:
         # A process that fails ends the others, and its traceback is raised here.
-        mp.spawn(train, (options, folder), nprocs=options.processes)
+        mp.spawn(train, (options, f"{folder}/rendezvous"), nprocs=options.processes)
 
 
 if __name__ == "__main__":

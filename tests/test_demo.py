@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TINY = "--processes 2 --hidden 32 --heads 2 --expert-hidden 32 --layers 2 --batch 6 --sequence 32"
+TINY = "--hidden 32 --heads 2 --expert-hidden 32 --sequence 32"
 
 
 def run(*command):
@@ -24,7 +24,16 @@ def run(*command):
 
 
 def demo(*options):
-    return run("examples/train_moe.py", *TINY.split(), *options)
+    return run(
+        "examples/train_moe.py",
+        *TINY.split(),
+        *"--processes 2 --layers 1 --batch 4".split(),
+        *options,
+    )
+
+
+def pipelined(*options):
+    return run("examples/train_pipeline.py", *TINY.split(), "--batch", "6", *options)
 
 
 def test_demo_learns_and_reports():
@@ -49,9 +58,8 @@ def test_demo_learns_and_reports():
     )
 
 
-def test_demo_pipelines_over_four_processes():
-    options = ["--processes", "4", "--layers", "3", "--steps", "15"]
-    done = demo(*options)
+def test_pipeline_over_four_processes():
+    done = pipelined("--processes", "4", "--layers", "3", "--steps", "15")
     assert done.returncode == 0, done.stderr
     assert "2 pipeline ranks x 2 expert ranks" in done.stdout
     drawn = re.findall(r"^rank (\d) (\S.*)$", done.stdout, re.M)
