@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TINY = "--hidden 32 --heads 2 --expert-hidden 32 --sequence 32"
+TINY = ["--hidden", "32", "--heads", "2", "--expert-hidden", "32", "--sequence", "32"]
+SMALL_DEMO = [*TINY, "--processes", "2", "--layers", "1", "--batch", "4"]
 
 
 def run(*command):
@@ -24,16 +25,11 @@ def run(*command):
 
 
 def demo(*options):
-    return run(
-        "examples/train_moe.py",
-        *TINY.split(),
-        *"--processes 2 --layers 1 --batch 4".split(),
-        *options,
-    )
+    return run("examples/train_moe.py", *SMALL_DEMO, *options)
 
 
 def pipelined(*options):
-    return run("examples/train_pipeline.py", *TINY.split(), "--batch", "6", *options)
+    return run("examples/train_pipeline.py", *TINY, "--batch", "6", *options)
 
 
 def test_demo_learns_and_reports():
