@@ -56,6 +56,11 @@ class Router(nn.Module):
             ``topk_groups`` best groups only (None = all).
         route_scale: factor on the weights (DeepSeek-V3: 2.5).
         bias_update_rate: step of :meth:`update_bias` (DeepSeek-V3: 0.001).
+        implementation: "torch", or "triton": on a Hopper GPU logits, scores and choice are one
+            kernel (:mod:`~dualpipe_ext.fused_router`) for H a multiple of 8, up to 512 experts and
+            K up to 32. The two round differently: experts whose scores differ by less than about
+            1e-6 may change places. A subclass that overrides :meth:`select` needs "torch".
+        num_sms: SMs that the kernels may take, None = all; an attribute that may change any time.
 
     Raises:
         ValueError: an unknown kind, K > E, or groups that do not divide E or leave fewer than K
@@ -74,6 +79,8 @@ class Router(nn.Module):
         topk_groups: int | None = None,
         route_scale: float = 1.0,
         bias_update_rate: float = 0.001,
+        implementation: str = "torch",
+        num_sms: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
@@ -83,7 +90,10 @@ class Router(nn.Module):
         self.hidden, self.num_experts, self.topk, self.kind = hidden, num_experts, topk, kind
         self.renormalize, self.route_scale = renormalize, route_scale
         self.n_groups, self.topk_groups = n_groups, topk_groups
+        if implementation not in ("torch", "triton"):
+            raise ValueError(f'implementation={implementation!r}: choose "torch" or "triton"')
         self.bias_update_rate = bias_update_rate
+        self.implementation, self.num_sms = implementation, num_sms
         self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=dtype, device=device))
         bias = None
         if kind == "sigmoid":
@@ -102,6 +112,8 @@ class Router(nn.Module):
         """Routes ``x`` [T, H] of any floating dtype. T = 0 is legal; the loss is then 0."""
         with torch.autocast(x.device.type, enabled=False):
             math_dtype = torch.promote_types(x.dtype, torch.float32)
+            if self.implementation == "triton" and math_dtype == torch.float32:
+                return self._fused(x)
             logits = F.linear(x.to(math_dtype), self.weight.to(math_dtype))
             if self.kind == "softmax":
                 scores = probability = logits.softmax(dim=-1)
@@ -117,6 +129,24 @@ class Router(nn.Module):
             aux_loss = balance_loss(probability, tokens_per_expert)
         return Routes(topk_idx.int(), weight * self.route_scale, aux_loss, tokens_per_expert)
 
+    def _fused(self, x: Tensor) -> Routes:
+        from .fused_router import route
+
+        topk_idx, weight, probability_sum, tokens_per_expert = route(
+            x,
+            self.weight.float(),
+            self.bias,
+            topk=self.topk,
+            renormalize=self.renormalize,
+            n_groups=self.n_groups,
+            topk_groups=self.topk_groups,
+            route_scale=self.route_scale,
+            num_sms=self.num_sms,
+        )
+        mean_probability = probability_sum / max(x.shape[0], 1)
+        aux_loss = _loss_of_means(mean_probability, tokens_per_expert)
+        return Routes(topk_idx, weight, aux_loss, tokens_per_expert)
+
     @torch.no_grad()
     def select(self, scores: Tensor) -> Tensor:
         """The K experts of every token, [T, K] int64, from ``scores`` [T, E]; outside autograd.
@@ -124,19 +154,7 @@ class Router(nn.Module):
         A stable sort and not ``torch.topk``, which may return any of several equal scores.
         With E = 4, K = 2 and scores ``[.2, .3, .3, .2]`` the answer is ``[1, 2]``.
         """
-        if self.bias is not None:
-            scores = scores + self.bias
-        if self.topk_groups < self.n_groups:
-            scores = self._keep_best_groups(scores)
-        return _descending_order(scores)[:, : self.topk]
-
-    def _keep_best_groups(self, scores: Tensor) -> Tensor:
-        """``scores`` [T, E] with -inf outside the token's ``topk_groups`` best groups."""
-        grouped = scores.unflatten(1, (self.n_groups, -1))  # [T, G, E/G]
-        best_two = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
-        dropped = _descending_order(best_two)[:, self.topk_groups :]
-        mask = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, dropped, True)
-        return grouped.masked_fill(mask.unsqueeze(-1), -torch.inf).flatten(1)
+        return select_experts(scores, self.bias, self.topk, self.n_groups, self.topk_groups)
 
     @torch.no_grad()
     def update_bias(self, tokens_per_expert: Tensor) -> None:
@@ -195,11 +213,34 @@ def balance_loss(probability: Tensor, tokens_per_expert: Tensor) -> Tensor:
     to 6; GShard, arXiv 2006.16668). Only this rank's tokens count. With no tokens it is 0, still
     part of the graph, so that every rank runs the same backward.
     """
-    num_tokens, num_experts = probability.shape
-    count = tokens_per_expert.to(probability.dtype)
+    mean_probability = probability.sum(dim=0) / max(probability.shape[0], 1)
+    return _loss_of_means(mean_probability, tokens_per_expert)
+
+
+def _loss_of_means(mean_probability: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    count = tokens_per_expert.to(mean_probability.dtype)
     share = count / count.sum().clamp_min(1)
-    mean_probability = probability.sum(dim=0) / max(num_tokens, 1)
-    return num_experts * (share * mean_probability).sum()
+    return len(count) * (share * mean_probability).sum()
+
+
+def select_experts(
+    scores: Tensor, bias: Tensor | None, topk: int, n_groups: int, topk_groups: int
+) -> Tensor:
+    """What :meth:`Router.select` does, [T, K] int64."""
+    if bias is not None:
+        scores = scores + bias
+    if topk_groups < n_groups:
+        scores = _keep_best_groups(scores, n_groups, topk_groups)
+    return _descending_order(scores)[:, :topk]
+
+
+def _keep_best_groups(scores: Tensor, n_groups: int, topk_groups: int) -> Tensor:
+    """``scores`` [T, E] with -inf outside the token's ``topk_groups`` best groups."""
+    grouped = scores.unflatten(1, (n_groups, -1))  # [T, G, E/G]
+    best_two = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+    dropped = _descending_order(best_two)[:, topk_groups:]
+    mask = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, dropped, True)
+    return grouped.masked_fill(mask.unsqueeze(-1), -torch.inf).flatten(1)
 
 
 def _descending_order(scores: Tensor) -> Tensor:

@@ -1,0 +1,91 @@
+"""How the fused operators are registered, and where they run.
+
+An operator is a torch.library op with a fake implementation, so that torch.compile sees through it,
+and has two implementations of one meaning: Triton on a GPU, plain torch anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+__all__ = ["check_num_sms", "define", "sm_count", "use_triton", "wide"]
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+# Library.define and impl cost about 1 us a call, torch.library.custom_op tens.
+_library = torch.library.Library("dualpipe_ext", "FRAGMENT")
+
+
+def define(
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
+    """Registers ``dualpipe_ext::<schema>`` for CPU and CUDA, with its gradient if it has one."""
+    _library.define(schema)
+    name = schema.partition("(")[0]
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"dualpipe_ext::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"dualpipe_ext::{name}", backward, setup_context=setup_context, lib=_library
+        )
+
+
+@cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        warnings.warn(
+            "Triton is not installed: norm, rotary embedding, cross-entropy and router run in "
+            "plain torch, a kernel for every step. Install triton.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+@cache
+def _device_facts(device: torch.device) -> tuple[int, tuple[int, int]]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, (properties.major, properties.minor)
+
+
+def use_triton(*tensors: torch.Tensor | None, tma: bool = False) -> bool:
+    """Whether a kernel takes these: bf16, fp16 or fp32 on a GPU (Hopper for TMA), or on the CPU
+    where TRITON_INTERPRET=1 asks for Triton's interpreter."""
+    tensors = tuple(tensor for tensor in tensors if tensor is not None)
+    if any(tensor.dtype not in FLOATS for tensor in tensors):
+        return False
+    device = tensors[0].device
+    if device.type == "cuda":
+        return (not tma or _device_facts(device)[1] >= (9, 0)) and _has_triton()
+    return os.environ.get("TRITON_INTERPRET") == "1" and tensors[0].dtype != torch.bfloat16
+
+
+def sm_count(tensor: torch.Tensor, num_sms: int) -> int:
+    """`num_sms`, or all of the device's for 0; 1 off CUDA."""
+    if num_sms or not tensor.is_cuda:
+        return num_sms or 1
+    return _device_facts(tensor.device)[0]
+
+
+def check_num_sms(num_sms: int | None) -> int:
+    """`num_sms` for an operator, where 0 stands for all."""
+    if num_sms is not None and (not isinstance(num_sms, int) or num_sms < 1):
+        raise ValueError(f"num_sms={num_sms!r}: pass an int of at least 1, or None for all SMs")
+    return num_sms or 0
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums are made in: fp32, fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,207 @@
+"""Router, norm, rotary embedding and cross-entropy on a GPU, against fp64 on the host."""
+
+import importlib
+
+import pytest
+import torch
+
+from dualpipe_ext.block_ops import rms_norm, rotary, rotary_, rotary_tables
+from dualpipe_ext.cross_entropy import cross_entropy
+from dualpipe_ext.fused_router import fits, route
+from dualpipe_ext.router import Router
+from tests import block_ops_cases as cases
+from tests.test_block_ops import block
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+KERNELS = {
+    "norm": ("rms_norm", "rms_norm_backward"),
+    "rotary": ("rotary",),
+    "cross_entropy": ("row_loss", "long_row_loss", "gradient", "scale_rows"),
+    "router": ("route",),
+    "router_backward": ("d_logits", "route_backward"),
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize(
+    ("T", "H"), [(1, 8), (4097, 7168), (300, 136), (1000, 50), (17, 16384), (3, 20000)]
+)
+def test_rms_norm(T, H, residual, dtype):
+    cases.check_rms_norm(T, H, dtype, "cuda", residual=residual)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("B", "S", "N", "D", "how"),
+    [
+        (2, 4097, 32, 128, {}),
+        (2, 4097, 8, 128, dict(inplace=True)),
+        (1, 1, 1, 64, dict(places=True)),
+        (3, 70, 5, 192, dict(places=True, inplace=True)),
+        (1, 1000, 40, 64, dict(packed=True)),
+        (2, 33, 3, 6, dict(packed=True, inplace=True)),
+    ],
+)
+def test_rotary(B, S, N, D, how, interleaved, dtype):
+    cases.check_rotary(B, S, N, D, dtype, "cuda", interleaved=interleaved, **how)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("V", [2, 1000, 32768, 50257, 129280])
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(z_loss=1e-3, reduction="none"),
+        dict(inplace=True, z_loss=1e-3),
+        dict(inplace=True, scale=0.5, reduction="sum"),
+    ],
+    ids=["none", "in place", "scaled"],
+)
+def test_cross_entropy(V, how, dtype):
+    cases.check_cross_entropy(143, V, dtype, "cuda", **how)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(
+    ("T", "H", "E", "K", "how"),
+    [
+        (1, 8, 3, 2, {}),
+        (4097, 7168, 64, 8, {}),
+        (1000, 136, 15, 4, dict(sigmoid=True, groups=3, keep=2)),
+        (513, 2048, 128, 1, dict(renormalize=False)),
+        (2049, 7168, 256, 8, dict(sigmoid=True, groups=8, keep=4)),
+        (300, 520, 500, 32, {}),
+        (300, 520, 512, 6, dict(sigmoid=True, groups=4, keep=2, renormalize=False)),
+    ],
+)
+def test_route(T, H, E, K, how, dtype):
+    assert fits(torch.empty(T, H, dtype=dtype, device="cuda"), torch.empty(E, H), K, 1)
+    cases.check_route(T, H, E, K, dtype, "cuda", **how)
+
+
+def test_fp16():
+    cases.check_rms_norm(300, 136, FP16, "cuda")
+    cases.check_rotary(1, 70, 5, 64, FP16, "cuda")
+    cases.check_cross_entropy(50, 1000, FP16, "cuda", inplace=True)
+    cases.check_route(300, 1024, 20, 4, FP16, "cuda")
+
+
+def test_random_shapes():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    for _ in range(2):
+        T, sms = draw(1, 900), draw(1, 132)
+        cases.check_rms_norm(T, draw(2, 3000), BF16, "cuda", num_sms=sms)
+        cases.check_rotary(1, T, draw(1, 12), 2 * draw(1, 64), BF16, "cuda", num_sms=sms)
+        cases.check_cross_entropy(T, draw(2, 9000), BF16, "cuda", num_sms=sms)
+        E = draw(2, 300)
+        how = dict(sigmoid=bool(draw(0, 1)), num_sms=sms)
+        cases.check_route(T, 8 * draw(1, 90), E, draw(1, min(E, 9)), BF16, "cuda", **how)
+
+
+def test_ties_and_numbers_out_of_range():
+    for dtype in (BF16, FP32):
+        cases.check_router_ties("cuda", dtype)
+    cases.check_targets_out_of_range("cuda")
+    cases.check_positions_out_of_range("cuda")
+
+
+def everything(num_sms, T=700, H=1024, seed=0):
+    """All results of one forward and backward of each operator."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def draw(*shape, dtype=BF16):
+        return torch.randn(shape, device="cuda", generator=generator).to(dtype).requires_grad_()
+
+    x, y, weight = draw(T, H), draw(T, H), draw(H)
+    gate, cut = draw(64, H, dtype=FP32), draw(T, H)
+    cos, sin = rotary_tables(T, 128, device="cuda")
+    targets = torch.arange(T, device="cuda") % H
+    options = dict(num_sms=num_sms)
+    normed, hidden = rms_norm(x, weight, residual=y, **options)
+    turned = rotary(normed.view(T, -1, 128), cos, sin, **options).flatten(1)
+    rotary_((cut * 1).view(T, -1, 128), cos, sin, **options)
+    idx, topk_weight, sums, count = route(turned, gate, None, topk=8, **options)
+    loss = cross_entropy(hidden, targets, **options) + topk_weight.square().sum() + sums.sum()
+    loss = loss + 2 * cross_entropy(cut * 1, targets, inplace=True, **options)
+    loss.backward()
+    leaves = (x, y, weight, gate, cut)
+    return [normed, hidden, turned, idx, topk_weight, sums, count, loss, *(t.grad for t in leaves)]
+
+
+def test_sm_count_changes_no_bit():
+    want = everything(132)
+    for num_sms in (132, 1, 7, 100, 10_000):
+        for got, expected in zip(everything(num_sms), want, strict=True):
+            assert torch.equal(got, expected)
+
+
+def compiled():
+    """How many binaries each kernel has."""
+    counts = {}
+    for module, names in KERNELS.items():
+        module = importlib.import_module(f"dualpipe_ext.triton_kernels.{module}")
+        for name in names:
+            caches = getattr(module, f"{name}_kernel").device_caches
+            counts[name] = sum(len(cache[0]) for cache in caches.values())
+    return counts
+
+
+def test_new_sizes_compile_nothing():
+    everything(132)
+    before = compiled()
+    for T, num_sms in ((1, 1), (16, 16), (129, 100), (5000, 132)):
+        everything(num_sms, T)
+    assert compiled() == before
+
+
+def test_nothing_waits_for_the_host():
+    everything(132)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        everything(100, seed=1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiles_into_one_graph():
+    cos, sin = rotary_tables(64, 8, device="cuda")
+    tensors = [torch.randn(64, 16), torch.rand(16), torch.randn(4, 16), torch.randn(16, 11)]
+    targets = torch.arange(64, device="cuda") % 11
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True)):
+        leaves = [t.cuda().requires_grad_() for t in tensors]
+        loss = function(*leaves, cos, sin, targets)
+        loss.backward()
+        results.append((loss, *(t.grad for t in leaves)))
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(eager, traced, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_router_module_is_the_one_of_the_host(kind):
+    groups = dict(n_groups=8, topk_groups=3) if kind == "sigmoid" else {}
+    router = Router(512, 64, 8, kind=kind, **groups)
+    x = torch.randn(1000, 512).bfloat16()
+    want = router(x)
+    want.aux_loss.backward()
+    want_grad, router.weight.grad = router.weight.grad, None
+    router.cuda().implementation, router.num_sms = "triton", 50
+    got = router(x.cuda())
+    got.aux_loss.backward()
+    agree = (got.topk_idx.cpu() == want.topk_idx).all(dim=1)
+    assert (~agree).sum() <= 2
+    torch.testing.assert_close(got.topk_weight.cpu()[agree], want.topk_weight[agree])
+    torch.testing.assert_close(got.aux_loss.cpu(), want.aux_loss, rtol=1e-3, atol=0)
+    error = (router.weight.grad.cpu() - want_grad).norm() / want_grad.norm()
+    assert error < 1e-2  # the loads of two tokens may differ
+    assert torch.equal(got.tokens_per_expert.sum(), torch.tensor(8000, device="cuda"))
