@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .flash_attention import flash_attention
 from .weight_gradients import DelayedLinear
 
 __all__ = ["GroupedQueryAttention", "LatentAttention", "rotate"]
@@ -36,6 +37,25 @@ def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
+IMPLEMENTATIONS = ("auto", "sdpa", "triton")
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, layer: nn.Module) -> Tensor:
+    """Causal attention [B, N, S, D], by the implementation and on the SMs that the layer names."""
+    if layer.implementation == "triton":
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        how = {"num_sms": layer.num_sms, "deterministic": deterministic}
+        return flash_attention(query, key, value, causal=True, **how)
+    shared = query.shape[1] != key.shape[1]
+    with _kernels(query):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared)
+
+
+def _check_implementation(implementation: str) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: pass one of {IMPLEMENTATIONS}")
+
+
 def _kernels(x: Tensor) -> AbstractContextManager:
     return sdpa_kernel(_FASTEST_FIRST, set_priority=True) if x.is_cuda else nullcontext()
 
@@ -44,7 +64,9 @@ class GroupedQueryAttention(nn.Module):
     """N query heads share `kv_heads` keys and values (GQA, arXiv 2305.13245); [B, S, H] → the same.
 
     `kv_heads` = `heads` is multi-head, 1 multi-query attention. `head_width` D defaults to H / N.
-    `normalize` puts an RMSNorm on queries and keys (Qwen3).
+    `normalize` puts an RMSNorm on queries and keys (Qwen3). `implementation` is "sdpa" (torch's),
+    "triton" (`flash_attention`, plain torch off Hopper GPUs), or "auto", at present "sdpa";
+    `num_sms` caps the SMs of "triton" in both passes.
 
     Raises ValueError where the heads do not divide, or D is odd.
     """
@@ -58,6 +80,8 @@ class GroupedQueryAttention(nn.Module):
         head_width: int | None = None,
         rope_base: float = 10_000.0,
         normalize: bool = False,
+        implementation: str = "auto",
+        num_sms: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -69,6 +93,8 @@ class GroupedQueryAttention(nn.Module):
         if heads % kv_heads:
             raise ValueError(f"heads={heads} is no multiple of kv_heads={kv_heads}: choose one")
         _check_even("head_width", width)
+        _check_implementation(implementation)
+        self.implementation, self.num_sms = implementation, num_sms
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, width
         self.rope_base = rope_base
         like = {"bias": False, "dtype": dtype, "device": device}
@@ -85,11 +111,7 @@ class GroupedQueryAttention(nn.Module):
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, self.rope_base), rotate(key, self.rope_base)
-        shared = self.heads != self.kv_heads
-        with _kernels(x):
-            mixed = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=shared
-            )
+        mixed = _attend(query, key, value, self)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -100,6 +122,7 @@ class LatentAttention(nn.Module):
     H directly). Each head's query and key have `head_width` parts without position and `rope_width`
     with; the latter's key is one for all heads. Values have `value_width` parts, by default
     `head_width`. DeepSeek-V3: heads=128, query_rank=1536, kv_rank=512, and the defaults.
+    `implementation` and `num_sms` as in `GroupedQueryAttention`.
     """
 
     def __init__(
@@ -113,11 +136,15 @@ class LatentAttention(nn.Module):
         rope_width: int = 64,
         value_width: int | None = None,
         rope_base: float = 10_000.0,
+        implementation: str = "auto",
+        num_sms: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         _check_even("rope_width", rope_width)
+        _check_implementation(implementation)
+        self.implementation, self.num_sms = implementation, num_sms
         value_width = head_width if value_width is None else value_width
         self.heads, self.kv_rank, self.rope_base = heads, kv_rank, rope_base
         self.head_width, self.rope_width, self.value_width = head_width, rope_width, value_width
@@ -145,8 +172,7 @@ class LatentAttention(nn.Module):
         key_rope = rotate(key_rope.unsqueeze(1), self.rope_base).expand(-1, self.heads, -1, -1)
         query = torch.cat([query, rotate(query_rope, self.rope_base)], dim=-1)
         key = torch.cat([key, key_rope], dim=-1)
-        with _kernels(x):
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = _attend(query, key, value, self)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
