@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import sysconfig
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from train_moe import ProgressBar, count_cores, draw_batch, read_text, synchronized_clock
 
 from dualpipe_ext import Exchange, MoELayer
 from dualpipe_ext.attention import GroupedQueryAttention
@@ -128,48 +126,6 @@ class TimedExchange(Exchange):
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._marks.append(event)
-
-
-class ProgressBar:
-    """A bar that redraws itself on a terminal, and a line every tenth of the way elsewhere."""
-
-    WIDTH = 24
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.terminal = sys.stdout.isatty()
-        self.start = time.perf_counter()
-        self.tenths = 0
-
-    def show(self, done: int, text: str) -> None:
-        filled = self.WIDTH * done // self.total
-        bar = "#" * filled + "." * (self.WIDTH - filled)
-        left = (time.perf_counter() - self.start) * (self.total - done) / done
-        line = f"[{bar}] step {done}/{self.total}  {text}  {left:.0f} s left"
-        if self.terminal:
-            print(f"\r{line:<79}", end="\n" if done == self.total else "", flush=True)
-        elif done * 10 // self.total > self.tenths:
-            self.tenths = done * 10 // self.total
-            print(line, flush=True)
-
-
-def read_text() -> Tensor:
-    """The top-level modules of the standard library, one after another: [bytes] uint8."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
-    if len(text) < 100_000:
-        raise FileNotFoundError(
-            f"{folder} holds {len(text)} bytes of Python source, 100000 are needed: "
-            "use a Python whose standard library is installed as files"
-        )
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
-
-
-def draw_batch(text: Tensor, options: argparse.Namespace, generator: torch.Generator) -> Tensor:
-    """[batch, sequence + 1] int64: random places of the text."""
-    last = len(text) - options.sequence
-    start = torch.randint(last, (options.batch, 1), generator=generator)
-    return text[start + torch.arange(options.sequence + 1)].long()
 
 
 def average_gradients(stages: list[TransformerStage], group: dist.ProcessGroup) -> None:
@@ -349,21 +305,11 @@ class Training:
         )
 
 
-def synchronized_clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def make_deterministic() -> None:
     """Two runs with one seed print the same losses: torch's kernels, too, must not use atomics."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)  # names what has no such kernel
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes nothing here
-
-
-def count_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def parse_options() -> argparse.Namespace:
