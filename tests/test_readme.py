@@ -18,7 +18,8 @@ def test_the_example_is_the_file():
 
 
 def test_the_example_runs():
-    command = [sys.executable, "examples/drop_in.py"]
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 1"
+    command = [sys.executable, *launcher.split(), "examples/drop_in.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "backend, loss 0." in done.stdout
