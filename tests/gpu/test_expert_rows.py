@@ -44,13 +44,14 @@ def test_random_plans():
     def draw(low, high):
         return int(torch.randint(low, high + 1, (), generator=generator))
 
-    ranks, topk = draw(1, 8), draw(1, 16)  # each pair of them is compiled apart, for seconds
-    for _ in range(6):
+    # Each set of these is compiled apart, for seconds.
+    ranks, topk, H = draw(1, 8), draw(1, 16), 8 * draw(1, 150)
+    for _ in range(8):
         max_tokens = draw(0, 300)
         case = Case(
             counts=tuple(draw(0, max_tokens) for _ in range(ranks)),
             max_tokens=max_tokens,
-            H=8 * draw(1, 150),
+            H=H,
             K=topk,
             L=draw(1, 40),
             dropped=draw(0, 10) / 10,
