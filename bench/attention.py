@@ -2,15 +2,18 @@
 
     python3 bench/attention.py [--json FILE] [--num-sms N ...] [--shapes all] [--sweep [PASS ...]]
 
-Variants are interleaved, a round each in turn, and medians compared: absolute times drift, ratios
-hold. Inputs rotate through sets larger than L2. FLOPs are those of the products that a query needs:
-4 (D + V) / 2 a score forward, 2.5 times that backward (the deterministic one does more and is not
-credited with it); causal counts half of the scores.
+Every round runs all variants, each time in another order, and medians are compared: absolute times
+drift, and clocks depend on how much power the variant before drew. Inputs rotate through sets
+larger than L2. FLOPs are those of the products that a query needs: 4 (D + V) / 2 a score forward,
+2.5 times that backward (the deterministic one does more and is not credited with it); causal counts
+half of the scores. "fair" is a capped variant's speed over its share of the uncapped one's:
+speed(n) / (speed(all) · n / all).
 """
 
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -27,7 +30,7 @@ from dualpipe_ext.triton_kernels import attention_backward as backward_file
 from dualpipe_ext.triton_kernels import attention_backward_query as query_file
 from dualpipe_ext.triton_kernels import attention_forward as forward_file
 
-ROUNDS = 15
+ROUNDS = 21
 SETS = 2
 
 
@@ -108,10 +111,13 @@ def interleaved_medians(variants: dict[str, Callable[[int], object]], rounds: in
             variant(chosen)
     torch.cuda.synchronize()
     times = {name: [] for name in variants}
+    shuffle = random.Random(0).shuffle
     for i in range(rounds):
+        order = list(variants.items())
+        shuffle(order)
         torch.cuda._sleep(4_000_000 + 400_000 * len(variants))  # about 2 ms, and 200 us a variant
         events = []
-        for name, variant in variants.items():
+        for name, variant in order:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             variant(i % SETS)
@@ -124,10 +130,12 @@ def interleaved_medians(variants: dict[str, Callable[[int], object]], rounds: in
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.float() - b.float()).norm() / b.float().norm())
+    a, b = a.detach().float(), b.detach().float()
+    return float((a - b).norm() / b.norm())
 
 
-def row(shape, direction, variant, us, medians, error) -> dict:
+def row(shape, direction, variant, us, medians, error, cap=None) -> dict:
+    """A result; `medians` of the pass by name, `cap` the SMs of a capped variant."""
     flops = shape.flops(direction)
     result = {
         "shape": str(shape),
@@ -140,6 +148,9 @@ def row(shape, direction, variant, us, medians, error) -> dict:
     for peer in PEERS:
         if peer in medians:
             result[f"over_{peer}"] = round(medians[peer] / us, 3)
+    if cap:
+        sms = torch.cuda.get_device_properties(0).multi_processor_count
+        result["fair"] = round(medians["ours"] / us * sms / cap, 3)
     return result
 
 
@@ -176,7 +187,10 @@ def measure(shape: Shape, caps: list[int], rounds: int) -> list[dict]:
             variants = {n: lambda i, n=n: sets[i].backward(n) for n in names}
         medians = interleaved_medians(variants, rounds)
         rows += [
-            row(shape, direction, name, us, medians, errors[direction, name])
+            row(
+                *(shape, direction, f"{direction}: {name}", us, medians, errors[direction, name]),
+                cap=ours.get(name, {}).get("num_sms"),
+            )
             for name, us in medians.items()
         ]
     return rows
@@ -190,22 +204,26 @@ def candidates(direction: str, shape: Shape) -> list[object]:
     widths = (shape.D, shape.V)
     if direction == "forward":
         base = forward_file.FORWARD[widths]
-        changes = [{}, {"take_turns": False}, {"block": 64, "stages": 4}]
-        changes += [{"block": 64, "stages": 3, "take_turns": False}]
+        changes = [{}, {"block": 64, "stages": 3}]
         if base.q_stages > 1:
-            changes += [{"q_stages": 1}, {"q_stages": 1, "take_turns": False}]
+            changes += [{"q_stages": 1}]
         if shape.D == 64:
-            changes += [{"stages": 4}, {"block": 256}, {"block": 256, "take_turns": False}]
+            changes += [{"stages": 4}, {"block": 256}]
+        changes = [{**c, "take_turns": turns} for c in changes for turns in (False, True)]
     elif direction == "backward":
         base = backward_file.BACKWARD[widths]
-        changes = [{}, {"ds_stages": 1}, {"loader": 40}, {"loader": 24}, {"fused": False}]
+        changes = [{}, {"loader": 40}, {"loader": 24}, {"stages": 3}, {"fused": False}]
         changes += [{"block": 32, "stages": 4, "fused": False}]
+        if base.fused:
+            changes += [{"ds_stages": 1}, {"ds_stages": 2}, {"ds_stages": 1, "loader": 24}]
         if shape.D == 64:
-            changes += [{"stages": 3}, {"block": 128, "loader": 24}]
+            changes += [{"block": 128, "loader": 24}]
     else:
         base = query_file.QUERY[widths]
-        changes = [{}, {"block": 128}, {"block": 64}, {"block": 64, "stages": 3}]
-        changes += [{"block": 128, "stages": 1}]
+        sizes = [(64, 2), (64, 3), (128, 1), (128, 2)]
+        if shape.D == 64:
+            sizes += [(64, 4), (128, 3)]
+        changes = [{}, *({"block": block, "stages": stages} for block, stages in sizes)]
     found = [replace(base, **change) for change in changes]
     return list(dict.fromkeys(found))
 
@@ -276,14 +294,15 @@ def environment() -> dict:
 
 def print_table(rows: list[dict]) -> None:
     names = max(len(r["variant"]) for r in rows)
-    print(f"\n{'shape':32} {'pass':8} {'variant':{names}} {'us':>9} {'TFLOPS':>7}  ÷cudnn  ÷fa2")
+    keys = {"over_cudnn": "÷cudnn", "over_fa2": "÷fa2", "fair": "fair"}
+    keys = {key: title for key, title in keys.items() if any(key in r for r in rows)}
+    titles = "".join(f"{title:>8}" for title in keys.values())
+    print(f"\n{'shape':28} {'variant':{names}} {'us':>9} {'TFLOPS':>7}{titles}")
     for r in rows:
-        ratios = "  ".join(
-            f"{r[f'over_{peer}']:6.2f}" if f"over_{peer}" in r else "      " for peer in PEERS
-        )
+        ratios = "".join(f"{r[key]:8.3f}" if key in r else " " * 8 for key in keys)
         error = f"  error {r['error']:.1e}" if r["error"] else ""
-        numbers = f"{r['us']:9.1f} {r['tflops']:7.1f} {ratios}{error}"
-        print(f"{r['shape']:32} {r['pass']:8} {r['variant']:{names}} {numbers}")
+        numbers = f"{r['us']:9.1f} {r['tflops']:7.1f}{ratios}{error}"
+        print(f"{r['shape']:28} {r['variant']:{names}} {numbers}")
 
 
 def main() -> None:
@@ -291,14 +310,19 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     parser.add_argument("--num-sms", type=int, nargs="*", default=[], help="caps to time besides")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--shapes", choices=("anchors", "all"), default="anchors")
+    parser.add_argument(
+        "--shapes", nargs="*", metavar="TEXT", help="all, or those whose name has one of the texts"
+    )
     parser.add_argument(
         "--sweep", nargs="*", choices=list(TABLES), help="compare configurations of these kernels"
     )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device: this benchmark times GPU kernels")
-    shapes = ALL_SHAPES if arguments.shapes == "all" else SHAPES
+    shapes = SHAPES
+    if arguments.shapes:
+        texts = arguments.shapes
+        shapes = [s for s in ALL_SHAPES if "all" in texts or any(t in str(s) for t in texts)]
     if arguments.sweep is None:
         rows = [r for s in shapes for r in measure(s, arguments.num_sms, arguments.rounds)]
     else:

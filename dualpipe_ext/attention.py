@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .flash_attention import flash_attention
+from .block_ops import rotary
+from .flash_attention import flash_attention, runs_as_kernels
+from .head_ops import split_heads, tables, turn_tail
 from .weight_gradients import DelayedLinear
 
-__all__ = ["GroupedQueryAttention", "LatentAttention", "rotate"]
+__all__ = ["GroupedQueryAttention", "LatentAttention"]
 
-# On a GPU cuDNN first: 596 TFLOPS forward against FlashAttention-2's 309 (H200, B4 N32 S4096 D128).
+# Where our kernels do not run cuDNN comes first: 606 TFLOPS forward, FlashAttention-2's 330 (H200,
+# B4 N32 S4096 D128).
 _FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -24,25 +27,13 @@ _FASTEST_FIRST = [
 ]
 
 
-def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864) of x [B, N, S, D], D even, positions 0 to S-1.
-
-    Angles are fp32 whatever the dtype of x, as the positions of long sequences need.
-    """
-    half, positions = x.shape[-1] // 2, x.shape[-2]
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.outer(torch.arange(positions, device=x.device, dtype=torch.float32), frequency)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
 IMPLEMENTATIONS = ("auto", "sdpa", "triton")
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, layer: nn.Module) -> Tensor:
     """Causal attention [B, N, S, D], by the implementation and on the SMs that the layer names."""
-    if layer.implementation == "triton":
+    choice = layer.implementation
+    if choice == "triton" or (choice == "auto" and runs_as_kernels(query, value)):
         deterministic = torch.are_deterministic_algorithms_enabled()
         how = {"num_sms": layer.num_sms, "deterministic": deterministic}
         return flash_attention(query, key, value, causal=True, **how)
@@ -65,8 +56,9 @@ class GroupedQueryAttention(nn.Module):
 
     `kv_heads` = `heads` is multi-head, 1 multi-query attention. `head_width` D defaults to H / N.
     `normalize` puts an RMSNorm on queries and keys (Qwen3). `implementation` is "sdpa" (torch's),
-    "triton" (`flash_attention`, plain torch off Hopper GPUs), or "auto", at present "sdpa";
-    `num_sms` caps the SMs of "triton" in both passes.
+    "triton" (`flash_attention`, which is plain torch where its kernels do not run), or "auto": the
+    kernels for bf16 and fp16 on Hopper with a `head_width` of 64 or 128, torch's for the rest.
+    `num_sms` caps the SMs of `flash_attention`, a backward's as its forward's; None takes all.
 
     Raises ValueError where the heads do not divide, or D is odd.
     """
@@ -106,12 +98,15 @@ class GroupedQueryAttention(nn.Module):
             self.key_norm = nn.RMSNorm(width, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)  # [B, N, S, D]
-        query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        if self.query_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate(query, self.rope_base), rotate(key, self.rope_base)
-        mixed = _attend(query, key, value, self)
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_width))  # [B, S, N + 2G, D]
+        if self.query_norm is None:
+            query, key, value = split_heads(heads, self.kv_heads, base=self.rope_base)
+        else:
+            query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+            turns = tables(x.shape[1], self.head_width, self.rope_base, x.device)
+            query = rotary(self.query_norm(query), *turns)
+            key = rotary(self.key_norm(key), *turns)
+        mixed = _attend(*(part.transpose(1, 2) for part in (query, key, value)), self)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -122,7 +117,8 @@ class LatentAttention(nn.Module):
     H directly). Each head's query and key have `head_width` parts without position and `rope_width`
     with; the latter's key is one for all heads. Values have `value_width` parts, by default
     `head_width`. DeepSeek-V3: heads=128, query_rank=1536, kv_rank=512, and the defaults.
-    `implementation` and `num_sms` as in `GroupedQueryAttention`.
+    `implementation` and `num_sms` as in `GroupedQueryAttention`; the kernels take queries of 192
+    numbers, positions included, with values of 128, both of 128, or both of 64.
     """
 
     def __init__(
@@ -164,15 +160,15 @@ class LatentAttention(nn.Module):
         self.out = DelayedLinear(heads * value_width, hidden, **like)
 
     def forward(self, x: Tensor) -> Tensor:
-        query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        query, query_rope = query.split([self.head_width, self.rope_width], dim=-1)
+        query = self.query(x).unflatten(-1, (self.heads, -1))  # [B, S, N, D]
+        query = turn_tail(query, self.rope_width, base=self.rope_base)
         latent, key_rope = self.kv_down(x).split([self.kv_rank, self.rope_width], dim=-1)
-        both = self.kv_up(self.kv_norm(latent)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        both = self.kv_up(self.kv_norm(latent)).unflatten(-1, (self.heads, -1))
         key, value = both.split([self.head_width, self.value_width], dim=-1)
-        key_rope = rotate(key_rope.unsqueeze(1), self.rope_base).expand(-1, self.heads, -1, -1)
-        query = torch.cat([query, rotate(query_rope, self.rope_base)], dim=-1)
+        turns = tables(x.shape[1], self.rope_width, self.rope_base, x.device)
+        key_rope = rotary(key_rope.unsqueeze(2), *turns).expand(-1, -1, self.heads, -1)
         key = torch.cat([key, key_rope], dim=-1)
-        mixed = _attend(query, key, value, self)
+        mixed = _attend(*(part.transpose(1, 2) for part in (query, key, value)), self)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 

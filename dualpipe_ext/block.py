@@ -27,6 +27,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from .block_ops import rms_norm
 from .exchange import Exchange
 from .grouped_mlp import grouped_mlp, mlp_dgrad, mlp_forward, mlp_wgrad
 from .moe import MoELayer
@@ -125,8 +126,8 @@ class TransformerBlock(nn.Module):
         return isinstance(self.feed_forward, (MoELayer, RoutedExperts))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x + self.attention(self.attention_norm(x))
-        return h + self.feed_forward(self.feed_forward_norm(h))
+        h, m = self.attend(x)
+        return h + self.feed_forward(m)
 
     def start_chunk(self, *, grad: bool = True, channel: str = "forward") -> BlockChunk:
         """The segments of one micro-batch; `channel` is the exchange's for its forward."""
@@ -134,8 +135,10 @@ class TransformerBlock(nn.Module):
 
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The attention segment of a dense block: h [..., H] and its norm."""
-        h = x + self.attention(self.attention_norm(x))
-        return h, self.feed_forward_norm(h)
+        first, second = self.attention_norm, self.feed_forward_norm
+        mixed = self.attention(rms_norm(x, first.weight, eps=first.eps)).to(x.dtype)
+        m, h = rms_norm(mixed, second.weight, residual=x, eps=second.eps)
+        return h, m
 
     def attend_and_route(self, x: Tensor) -> tuple[Tensor, ...]:
         """The attention segment of a routed block, the shared expert and the router in it.

@@ -133,7 +133,7 @@ def _rms_norm_backward(d_normed, d_hidden, hidden, weight, rstd, num_sms):
         dx,
         num_sms=sm_count(hidden, num_sms),
     )
-    return dx, d_weight.to(weight.dtype)
+    return dx, d_weight
 
 
 def _rms_norm_backward_fake(d_normed, d_hidden, hidden, weight, rstd, num_sms):
@@ -322,7 +322,7 @@ def _turn(x, cos, sin, positions, interleaved, inverse, y):
     y.copy_(torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, dim=-1))
 
 
-def _rotary_into(x, cos, sin, positions, interleaved, inverse, num_sms, y):
+def rotate_into(x, cos, sin, positions, interleaved, inverse, num_sms, y):
     if x.numel() == 0:
         return
     if not use_triton(x):
@@ -336,7 +336,7 @@ def _rotary_into(x, cos, sin, positions, interleaved, inverse, num_sms, y):
     if x.stride(-1) != 1:
         # Turned in a copy; the caller's x follows.
         copy = x.contiguous()
-        _rotary_into(copy, cos, sin, positions, interleaved, inverse, num_sms, copy)
+        rotate_into(copy, cos, sin, positions, interleaved, inverse, num_sms, copy)
         y.copy_(copy)
         return
     kernels.rotary(
@@ -353,7 +353,7 @@ def _rotary_into(x, cos, sin, positions, interleaved, inverse, num_sms, y):
 
 def _rotary(x, cos, sin, positions, interleaved, inverse, num_sms):
     y = x.new_empty(x.shape)
-    _rotary_into(x, cos, sin, positions, interleaved, inverse, num_sms, y)
+    rotate_into(x, cos, sin, positions, interleaved, inverse, num_sms, y)
     return y
 
 
@@ -362,7 +362,7 @@ def _rotary_fake(x, cos, sin, positions, interleaved, inverse, num_sms):
 
 
 def _rotary_in_place(x, cos, sin, positions, interleaved, inverse, num_sms):
-    _rotary_into(x, cos, sin, positions, interleaved, inverse, num_sms, x)
+    rotate_into(x, cos, sin, positions, interleaved, inverse, num_sms, x)
 
 
 def _save_rotary(ctx, inputs, output):

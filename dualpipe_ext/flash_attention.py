@@ -17,9 +17,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["flash_attention"]
+__all__ = ["flash_attention", "runs_as_kernels"]
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
+DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = ((64, 64), (128, 128), (192, 128))  # (D, V) that the kernels take
 
 
@@ -63,6 +64,12 @@ def flash_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms or 0, deterministic,
         implementation,
     )[0]  # fmt: skip
+
+
+def runs_as_kernels(q: Tensor, v: Tensor) -> bool:
+    """Whether `flash_attention` computes these by its kernels where the choice is its own."""
+    widths = (q.shape[-1], v.shape[-1])
+    return q.is_cuda and q.dtype in DTYPES and widths in WIDTHS and _takes_kernels(q.device)
 
 
 # ---- Checks ----
@@ -218,8 +225,8 @@ def _has_gluon() -> bool:
     fits = triton is not None and tuple(map(int, version.split(".")[:2])) >= (3, 6)
     if not fits:
         warnings.warn(
-            f"flash_attention's kernels need Triton 3.6 or newer, found {version}: it runs as slow "
-            "plain torch. Install triton, or pass implementation='reference' to silence this.",
+            f"the attention kernels need Triton 3.6 or newer, found {version}: attention runs "
+            "slower without them. Install triton, or choose an implementation by its name.",
             stacklevel=2,
         )
     return fits
@@ -231,22 +238,25 @@ def _device_facts(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.major
 
 
+@torch.compiler.assume_constant_result
+def _takes_kernels(device: torch.device) -> bool:
+    return _device_facts(device)[1] == 9 and _has_gluon()
+
+
 def _use_kernels(q: Tensor, v: Tensor, implementation: str) -> bool:
-    if implementation == "reference" or (implementation == "auto" and not q.is_cuda):
-        return False
+    if implementation != "triton":
+        return implementation == "auto" and runs_as_kernels(q, v)
     widths = (q.shape[-1], v.shape[-1])
     if not q.is_cuda:
         problem = f"tensors on {q.device}: it needs a Hopper GPU"
     elif _device_facts(q.device)[1] != 9:
         problem = f"compute capability {_device_facts(q.device)[1]}.x: it needs a Hopper GPU, 9.0"
-    elif q.dtype not in (torch.bfloat16, torch.float16):
+    elif q.dtype not in DTYPES:
         problem = f"{q.dtype}: it takes torch.bfloat16 and torch.float16"
     elif widths not in WIDTHS:
         problem = f"(D, V) = {widths}: it takes {', '.join(map(str, WIDTHS))}; pad the heads"
     else:
-        return implementation == "triton" or _has_gluon()
-    if implementation == "auto":
-        return False
+        return True
     raise ValueError(f"implementation='triton' with {problem}, or pass implementation='auto'")
 
 

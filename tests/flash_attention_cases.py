@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -130,8 +131,6 @@ def kernels() -> SimpleNamespace:
 
 def run_kernels(problem: Problem, num_sms: int, deterministic: bool) -> list[torch.Tensor]:
     """out, dq, dk, dv by the kernels on the CPU, through the operator's own code."""
-    from unittest import mock
-
     from dualpipe_ext import flash_attention as op
 
     emulated = kernels()
@@ -146,11 +145,16 @@ def run_kernels(problem: Problem, num_sms: int, deterministic: bool) -> list[tor
     with (
         mock.patch.dict("sys.modules", fakes),
         mock.patch.object(op, "_use_kernels", lambda *arguments: True),
-        mock.patch.object(torch.Tensor, "new_empty", _poisoned),
+        poisoned_memory(),
     ):
         out, lse = op._forward(q, k, v, *starts, *how)
         gradients = op._backward(d_out, q, k, v, out, lse, *starts, *how)
     return problem.rows_of([out, *gradients])
+
+
+def poisoned_memory():
+    """What the operator allocates is full of NaN while this context lasts."""
+    return mock.patch.object(torch.Tensor, "new_empty", _poisoned)
 
 
 def _poisoned(self, *shape, dtype=None):

@@ -50,6 +50,15 @@ class Tensor:
     def to(self, dtype):
         return Tensor(self.data.to(dtype), self.type.layout)
 
+    def reshape(self, shape):
+        return Tensor(self.data.reshape(shape))
+
+    def permute(self, order):
+        return Tensor(self.data.permute(order))
+
+    def split(self):
+        return tuple(Tensor(part) for part in self.data.unbind(-1))
+
     def __bool__(self):
         return bool(self.data)
 
@@ -157,6 +166,8 @@ def atomic_add(pointer, value):
 
 class Shared:
     """A view of an allocation; `root` is what all views of it have in common."""
+
+    layout = None
 
     def __init__(self, data: torch.Tensor, root=None):
         self.data = data
@@ -483,6 +494,15 @@ def _where(condition, a, b):
     return Tensor(torch.where(condition, a, b))
 
 
+# What kernels ask of the hardware by name.
+INSTRUCTIONS = {"ex2.approx.ftz.f32": torch.exp2, "rcp.approx.ftz.f32": torch.reciprocal}
+
+
+def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
+    (x,) = args
+    return Tensor(INSTRUCTIONS[asm.split()[0]](x.data), x.type.layout)
+
+
 def _pairwise(function):
     def apply(a, b):
         a, b = raw(a), raw(b)
@@ -514,11 +534,12 @@ def _language() -> ModuleType:
     gl.zeros = lambda shape, dtype, layout=None: gl.full(shape, 0, dtype, layout)
     gl.cast = lambda x, dtype: x.to(dtype) if isinstance(x, Tensor) else x
     gl.expand_dims = lambda x, axis: Tensor(x.data.unsqueeze(axis), x.type.layout)
-    gl.convert_layout = lambda x, layout: Tensor(x.data, layout)
+    gl.convert_layout = lambda x, layout, assert_trivial=False: Tensor(x.data, layout)
     gl.sum, gl.max = _reduced(torch.sum), _reduced(torch.amax)
     gl.exp2, gl.log2 = _elementwise(torch.exp2), _elementwise(torch.log2)
     gl.where, gl.maximum, gl.minimum = _where, _pairwise(torch.maximum), _pairwise(torch.minimum)
     gl.load, gl.store, gl.atomic_add = load, store, atomic_add
+    gl.inline_asm_elementwise = inline_asm_elementwise
     gl.allocate_shared_memory = allocate_shared_memory
     gl.warp_specialize = warp_specialize
     gl.thread_barrier = lambda: None

@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dualpipe_ext import attention
+from dualpipe_ext import flash_attention as operator
 from dualpipe_ext.attention import GroupedQueryAttention, LatentAttention
 from dualpipe_ext.flash_attention import flash_attention
 from tests.flash_attention_cases import (
@@ -20,6 +23,7 @@ from tests.flash_attention_cases import (
     run_kernels,
 )
 from tests.flash_attention_kernels import LAUNCHES, RESOURCES, compile_launch
+from tests.gluon_emulator import Kernel
 from tests.test_grouped_mlp import resource_usage
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -230,6 +234,48 @@ def test_blocks_give_the_same_with_it(kind):
         make("flash")
 
 
+@pytest.mark.parametrize("runs", [False, True])
+def test_auto_takes_the_kernels_where_they_run(runs, monkeypatch):
+    calls = []
+
+    def spy(*tensors, **options):
+        calls.append(options)
+        return flash_attention(*tensors, **options)
+
+    monkeypatch.setattr(attention, "flash_attention", spy)
+    monkeypatch.setattr(attention, "runs_as_kernels", lambda q, v: runs)
+    for implementation in ("auto", "sdpa", "triton"):
+        GroupedQueryAttention(32, heads=4, implementation=implementation, num_sms=8)(
+            torch.randn(1, 9, 32)
+        )
+    assert calls == [dict(causal=True, num_sms=8, deterministic=False)] * (1 + runs)
+
+
+@pytest.mark.parametrize(
+    "changes, runs",
+    [
+        (dict(), True),
+        (dict(D=64, V=64, dtype=torch.float16), True),
+        (dict(D=192), True),
+        (dict(D=96, V=96), False),
+        (dict(V=64), False),
+        (dict(dtype=torch.float32), False),
+        (dict(is_cuda=False), False),
+        (dict(major=8), False),
+        (dict(major=10), False),
+        (dict(gluon=False), False),
+    ],
+    ids=str,
+)
+def test_what_runs_as_kernels(changes, runs, monkeypatch):
+    case = dict(D=128, V=128, dtype=torch.bfloat16, is_cuda=True, major=9, gluon=True) | changes
+    monkeypatch.setattr(operator, "_device_facts", lambda device: (132, case["major"]))
+    monkeypatch.setattr(operator, "_has_gluon", lambda: case["gluon"])
+    facts = dict(dtype=case["dtype"], is_cuda=case["is_cuda"], device="a GPU")
+    q, v = (SimpleNamespace(shape=(2, 4, 8, case[width]), **facts) for width in "DV")
+    assert operator.runs_as_kernels(q, v) == runs
+
+
 # ---- The kernels, emulated ----
 
 
@@ -259,6 +305,21 @@ def test_rows_that_are_no_keys_add_nothing():
         for name, value, reference in zip(NAMES, got, problem.expected(), strict=True):
             # exp of numbers of that size has five digits in fp32.
             assert relative_error(value, reference) < 1e-3, name
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+def test_num_sms_caps_both_passes(deterministic, monkeypatch):
+    launches, launch = {}, Kernel.__getitem__
+
+    def spy(self, grid):
+        launches[self.__name__] = grid
+        return launch(self, grid)
+
+    monkeypatch.setattr(Kernel, "__getitem__", spy)
+    problem = Problem([130, 0, 5], [130, 7, 0], 4, 2, 64, 64, True, True, spare=9)
+    run_kernels(problem, 3, deterministic)
+    assert len(launches) == 5
+    assert set(launches.values()) == {(3,)}
 
 
 def test_sm_count_changes_no_bit():

@@ -19,26 +19,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .attention_forward import hide_scores, issue_scores, score_blocks
+from .attention_scores import hide_scores, issue_scores, score_blocks
 from .attention_tiles import (
     INTEGERS,
     LN_2,
-    LOG2_E,
     ROWS,
     allocate,
-    allocate_barriers,
     allocate_integers,
+    allocate_split,
+    allocate_stages,
     box,
     describe_rows,
-    heads_side_by_side,
+    describe_split,
+    lay_out,
+    load_split,
     locate_tile,
     matrix,
-    num_blocks,
     receive,
     scratch_row,
     send,
     sequence_span,
-    tile_counter,
 )
 
 # Integers that the loading warp tells the others of a tile; the first is 0 after the last tile.
@@ -55,14 +55,14 @@ class QueryConfig:
     """
 
     block: int = 64
-    stages: int = 2
+    stages: int = 3
 
 
 # By (D, V). Shared memory in KiB: (D + V) / 4 for the tile, stages · block (D + V) / 512.
 QUERY = {
-    (64, 64): QueryConfig(block=128),  # 32 + 64
-    (128, 128): QueryConfig(),  # 64 + 64
-    (192, 128): QueryConfig(),  # 80 + 80
+    (64, 64): QueryConfig(block=128, stages=2),  # 32 + 64
+    (128, 128): QueryConfig(),  # 64 + 96
+    (192, 128): QueryConfig(stages=2),  # 80 + 80
 }
 
 
@@ -90,7 +90,6 @@ def load_tiles(
     num_tiles, num_m, num_heads, share, outer, group, q_length, k_length, padded = tiles
     starts_q, starts_k, sequences = tables
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
-    D: gl.constexpr = q_desc.block_type.shape[-1]
     BLOCK: gl.constexpr = k_desc.block_type.shape[-2]
     q_rest_bytes: gl.constexpr = q_rest_desc.block_type.nbytes if REST else 0
     k_rest_bytes: gl.constexpr = k_rest_desc.block_type.nbytes if REST else 0
@@ -114,28 +113,29 @@ def load_tiles(
             full = q_full.index(0)
             mbarrier.expect(full, 2 * q_bytes)
             for w in gl.static_range(2):
-                place = box(b, h, q_start, q_rows, block * ROWS + w * 64, 0, VARLEN)
-                tma.async_copy_global_to_shared(q_desc, place, full, q_smem.index(w))
+                row = block * ROWS + w * 64
+                load_split(
+                    q_desc, q_rest_desc, (b, h, q_start, q_rows), row, full, q_smem, q_rest, w,
+                    VARLEN, REST,
+                )  # fmt: skip
+                place = box(b, h, q_start, q_rows, row, 0, VARLEN)
                 tma.async_copy_global_to_shared(do_desc, place, full, do_smem.index(w))
-                if REST:
-                    place = box(b, h, q_start, q_rows, block * ROWS + w * 64, D, VARLEN)
-                    tma.async_copy_global_to_shared(q_rest_desc, place, full, q_rest.index(w))
             tile_count += 1
             for i in range(end):
                 row = (end - 1 - i) * BLOCK
                 slot = count % STAGES
                 phase = (count // STAGES & 1) ^ 1
-                place = box(b, h // share, k_start, k_rows, row, 0, VARLEN)
                 mbarrier.wait(k_empty.index(slot), phase)
                 full = k_full.index(slot)
                 mbarrier.expect(full, k_desc.block_type.nbytes + k_rest_bytes)
-                tma.async_copy_global_to_shared(k_desc, place, full, k_smem.index(slot))
-                if REST:
-                    rest = box(b, h // share, k_start, k_rows, row, D, VARLEN)
-                    tma.async_copy_global_to_shared(k_rest_desc, rest, full, k_rest.index(slot))
+                load_split(
+                    k_desc, k_rest_desc, (b, h // share, k_start, k_rows), row, full, k_smem,
+                    k_rest, slot, VARLEN, REST,
+                )  # fmt: skip
                 mbarrier.wait(v_empty.index(slot), phase)
                 full = v_full.index(slot)
                 mbarrier.expect(full, v_desc.block_type.nbytes)
+                place = box(b, h // share, k_start, k_rows, row, 0, VARLEN)
                 tma.async_copy_global_to_shared(v_desc, place, full, v_smem.index(slot))
                 count += 1
         tile = gl.num_programs(0) + gl.atomic_add(counter, 1)
@@ -314,23 +314,14 @@ def query_gradient_kernel(
     STAGES: gl.constexpr,
     ROWS: gl.constexpr,
 ):
-    q_smem = allocate(q_desc, 2)
+    q_smem, q_rest = allocate_split(q_desc, q_rest_desc, 2, REST)
     do_smem = allocate(do_desc, 2)
-    k_smem = allocate(k_desc, STAGES)
+    k_smem, k_rest = allocate_split(k_desc, k_rest_desc, STAGES, REST)
     v_smem = allocate(v_desc, STAGES)
-    q_rest = q_smem
-    k_rest = k_smem
-    if REST:
-        q_rest = allocate(q_rest_desc, 2)
-        k_rest = allocate(k_rest_desc, STAGES)
     facts_smem = allocate_integers(FACTS)
-    # The loading warp arrives once, the warpgroups once each.
-    q_full = allocate_barriers(1, 1)
-    q_empty = allocate_barriers(1, 2)
-    k_full = allocate_barriers(STAGES, 1)
-    k_empty = allocate_barriers(STAGES, 2)
-    v_full = allocate_barriers(STAGES, 1)
-    v_empty = allocate_barriers(STAGES, 2)
+    q_full, q_empty = allocate_stages(1)
+    k_full, k_empty = allocate_stages(STAGES)
+    v_full, v_empty = allocate_stages(STAGES)
 
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     tiles = (num_tiles, num_m, num_heads, share, outer, group, q_length, k_length, padded)
@@ -379,23 +370,14 @@ def query_gradient(
 ) -> None:
     """Writes dq, shaped like q; the rest as in `attention_backward`."""
     varlen = starts_q is not None
-    (B, N, q_length, D), (_, G, k_length, V) = q.shape, v.shape
+    (B, N, _, D), V = q.shape, v.shape[3]
     config = config or QUERY[D, V]
-    first, half = min(D, 128), ROWS // 2
-    rest = D - first
-    num_m = num_blocks(q_length, q_length, starts_q, ROWS)
-    outer = N if varlen else B * N
-    group = heads_side_by_side(k_length, 2 * (D + V), outer, N // G)
-    num_tiles = outer * num_m
-    q_desc = q_rest_desc = describe_rows(q, half, first, varlen)
-    k_desc = k_rest_desc = describe_rows(k, config.block, first, varlen)
-    dq_desc = dq_rest_desc = describe_rows(dq, half, first, varlen)
-    if rest:
-        q_rest_desc = describe_rows(q, half, rest, varlen)
-        k_rest_desc = describe_rows(k, config.block, rest, varlen)
-        dq_rest_desc = describe_rows(dq, half, rest, varlen)
-    counter = tile_counter(q.device)
-    query_gradient_kernel[(max(1, min(num_sms, num_tiles)),)](
+    half = ROWS // 2
+    grid, arguments = lay_out(q, v, starts_q, starts_k, scale=scale, num_sms=num_sms)
+    q_desc, q_rest_desc = describe_split(q, half, varlen)
+    k_desc, k_rest_desc = describe_split(k, config.block, varlen)
+    dq_desc, dq_rest_desc = describe_split(dq, half, varlen)
+    query_gradient_kernel[grid](
         q_desc,
         k_desc,
         describe_rows(v, config.block, V, varlen),
@@ -406,23 +388,11 @@ def query_gradient(
         dq_rest_desc,
         lse,
         delta,
-        starts_q if varlen else counter,
-        starts_k if varlen else counter,
-        counter,
-        scale * LOG2_E,
-        num_tiles,
-        num_m,
-        N,
-        N // G,
-        outer,
-        group,
-        starts_q.shape[0] - 1 if varlen else B,
-        q_length,
-        k_length,
-        num_m * ROWS,
+        *arguments,
+        lse.shape[0] // (N if varlen else B * N),
         CAUSAL=causal,
         VARLEN=varlen,
-        REST=rest > 0,
+        REST=D > 128,
         STAGES=config.stages,
         ROWS=ROWS,
         num_warps=4,

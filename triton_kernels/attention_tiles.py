@@ -12,7 +12,7 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 ROWS = 128  # rows of a tile: 64 for each of the two warpgroups
@@ -123,6 +123,30 @@ def allocate(desc, count: gl.constexpr):
 
 
 @gluon.jit
+def allocate_split(desc, rest_desc, count: gl.constexpr, REST: gl.constexpr):
+    """The same for both descriptors of `describe_split`."""
+    smem = allocate(desc, count)
+    rest = smem
+    if REST:
+        rest = allocate(rest_desc, count)
+    return smem, rest
+
+
+@gluon.jit
+def load_split(
+    desc, rest_desc, span, row, full, smem, rest, slot, VARLEN: gl.constexpr, REST: gl.constexpr
+):
+    """Loads rows of a span (sequence, head, first row, rows) with both descriptors."""
+    sequence, head, start, length = span
+    place = box(sequence, head, start, length, row, 0, VARLEN)
+    tma.async_copy_global_to_shared(desc, place, full, smem.index(slot))
+    if REST:
+        first: gl.constexpr = desc.block_type.shape[-1]
+        place = box(sequence, head, start, length, row, first, VARLEN)
+        tma.async_copy_global_to_shared(rest_desc, place, full, rest.index(slot))
+
+
+@gluon.jit
 def allocate_integers(count: gl.constexpr):
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     return gl.allocate_shared_memory(gl.int32, [count, 1], layout)
@@ -135,6 +159,12 @@ def allocate_barriers(count: gl.constexpr, arrivals: gl.constexpr):
     for i in gl.static_range(count):
         mbarrier.init(barriers.index(i), count=arrivals)
     return barriers
+
+
+@gluon.jit
+def allocate_stages(count: gl.constexpr):
+    """mbarriers "full", at which the loading warp arrives, and "empty", both warpgroups."""
+    return allocate_barriers(count, 1), allocate_barriers(count, 2)
 
 
 @gluon.jit
@@ -182,6 +212,17 @@ def describe_rows(x: torch.Tensor, rows: int, columns: int, varlen: bool) -> Ten
     return TensorDescriptor(x, shape, strides, block, shared_layout(block, x.dtype))
 
 
+def describe_split(
+    x: torch.Tensor, rows: int, varlen: bool
+) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Descriptors of the first 128 columns, and of those beyond, or the same again: the columns of
+    a tensor in Triton are a power of two."""
+    width = x.shape[-1]
+    first = min(width, 128)
+    columns = (first, width - first or first)
+    return tuple(describe_rows(x, rows, n, varlen) for n in columns)
+
+
 def shared_layout(block: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """The layout in shared memory that TMA writes and wgmma reads: swizzled by up to 128 bytes."""
     bits = dtype.itemsize * 8
@@ -195,13 +236,40 @@ def heads_side_by_side(rows: int, bytes_a_row: int, heads: int, share: int) -> i
     return max(1, min(heads, max(fit, share)))
 
 
-def tile_counter(device: torch.device) -> torch.Tensor:
-    """Where programs draw tile numbers from, beyond their own."""
-    return torch.zeros(1, dtype=torch.int32, device=device)
-
-
 def num_blocks(length: int, rows: int, starts: torch.Tensor | None, block: int) -> int:
     """Blocks of `locate_tile`: of one sequence of `length`, or of all packed `rows`."""
     if starts is None:
         return triton.cdiv(length, block)
     return rows // block + starts.shape[0] - 1
+
+
+def lay_out(
+    q: torch.Tensor,
+    v: torch.Tensor,
+    starts_q: torch.Tensor | None,
+    starts_k: torch.Tensor | None,
+    *,
+    scale: float,
+    num_sms: int,
+    of_keys: bool = False,
+) -> tuple[tuple[int], tuple]:
+    """The grid of a launch over tiles of queries, or of keys, and the arguments of its kernel from
+    `starts_q_table` to `k_length`."""
+    varlen = starts_q is not None
+    (B, N, q_length, D), (_, G, k_length, V) = q.shape, v.shape
+    share = N // G
+    # Tiles of queries read keys, which `share` heads have in common; tiles of keys read queries.
+    if of_keys:
+        heads, length, starts, read, together = G, k_length, starts_k, q_length * share, 1
+    else:
+        heads, length, starts, read, together = N, q_length, starts_q, k_length, share
+    blocks = num_blocks(length, length, starts, ROWS)
+    outer = heads if varlen else B * heads
+    group = heads_side_by_side(read, 2 * (D + V), outer, together)
+    num_tiles = outer * blocks
+    # Where programs draw tile numbers from, beyond their own.
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    tables = (starts_q, starts_k) if varlen else (counter, counter)
+    sequences = starts_q.shape[0] - 1 if varlen else B
+    sizes = (num_tiles, blocks, N, share, outer, group, sequences, q_length, k_length)
+    return (max(1, min(num_sms, num_tiles)),), (*tables, counter, scale * LOG2_E, *sizes)
