@@ -21,7 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 from compute import ROUNDS, SETS, environment, interleaved_medians
 
+import dualpipe_ext.cross_entropy  # registers its operators
+import dualpipe_ext.fused_router  # noqa: F401, likewise
 from dualpipe_ext.block_ops import rotary_tables
+from dualpipe_ext.router import Router
 from dualpipe_ext.triton_kernels import cross_entropy, norm, rotary, router, router_backward
 
 ops = torch.ops.dualpipe_ext
@@ -120,12 +123,25 @@ def routers(inputs: Inputs, num_sms: int) -> dict[str, Timed]:
         how = (True, groups, keep, 2.5, num_sms)
         _, d_sum, idx, _, logits = ops.route(x[0], weight, bias, K, *how)
         d_weight, table = torch.rand(T, K, device="cuda"), T * (E + 2 * K) * 4
+        plain = Router(
+            H,
+            E,
+            K,
+            kind="softmax" if bias is None else "sigmoid",
+            n_groups=groups,
+            topk_groups=keep,
+            implementation="torch",
+            device="cuda",
+        ).requires_grad_(False)
         back = (bias is None, True, groups, 2.5, num_sms)
         timed |= {
             f"route E{E}": Timed(
                 lambda i, w=weight, b=bias, how=how: ops.route(x[i], w, b, K, *how),
                 inputs.row + E * H * 4 + table,
                 2 * T * H * E,
+            ),
+            f"route E{E}, plain torch": Timed(
+                lambda i, plain=plain: plain(x[i]), inputs.row + E * H * 4 + table, 2 * T * H * E
             ),
             f"route_backward E{E}": Timed(
                 lambda i, w=weight, d=d_weight, s=d_sum, z=logits, idx=idx, back=back: (
@@ -170,18 +186,18 @@ def changes() -> dict[str, list[tuple[object, dict]]]:
             (norm, dict(MAX_STAGES=2)),
             (norm, dict(MAX_STAGES=3)),
             (norm, dict(MAX_STAGES=5, SHARED=200 * 1024)),
-            (norm, dict(SEGMENTS=128)),
-            (norm, dict(SEGMENTS=512)),
+            (norm, dict(SEGMENTS=132)),
+            (norm, dict(SEGMENTS=528)),
         ],
         "rotary": [
-            (rotary, dict(STAGES=2)),
-            (rotary, dict(STAGES=4)),
-            (rotary, dict(TILE=8192, WARPS=8, STAGES=5)),
-            (rotary, dict(TILE=8192, WARPS=16, STAGES=4)),
+            (rotary, dict(TILE=32768)),
+            (rotary, dict(WARPS=16)),
+            (rotary, dict(TILE=32768, WARPS=16)),
         ],
         "cross_entropy": [
-            (cross_entropy, dict(ROW_WARPS=32)),
-            (cross_entropy, dict(SHARED=100 * 1024)),
+            (cross_entropy, dict(LANES=1024, VECTORS=4)),
+            (cross_entropy, dict(LANES=256, VECTORS=16)),
+            (cross_entropy, dict(MAX_STAGES=2)),
             (cross_entropy, dict(BLOCK=16384)),
             (cross_entropy, dict(BLOCK=4096, BLOCK_WARPS=8, BLOCK_STAGES=6)),
         ],

@@ -1,15 +1,17 @@
 """Times the grouped MLP's kernels beside `torch._grouped_mm` on one GPU.
 
-    python3 bench/compute.py [--json FILE] [--num-sms N] [--sweep [KERNEL ...]]
+    python3 bench/compute.py [--json FILE] [--num-sms N ...] [--uneven] [--sweep [KERNEL ...]]
 
 Variants are interleaved, a round each in turn, and medians compared: absolute times drift, ratios
 hold. Inputs rotate through sets larger than L2. A delay in front of every round lets the host queue
-it whole, so that device events see the kernels and not the launches.
+it whole, so that device events see the kernels and not the launches. Several `--num-sms` print the
+fair share of the first: speed(n) / (speed(first) * n / first).
 """
 
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -20,10 +22,11 @@ import torch
 import triton
 
 from dualpipe_ext.grouped_mlp import mlp_forward
-from dualpipe_ext.triton_kernels import tiles
+from dualpipe_ext.triton_kernels import grouped_hopper, grouped_wgrad_hopper, tiles
 from dualpipe_ext.triton_kernels.grouped_gemm import grouped_gemm
 from dualpipe_ext.triton_kernels.grouped_swiglu import grouped_gate_up, grouped_swiglu_backward
 from dualpipe_ext.triton_kernels.grouped_wgrad import grouped_wgrad
+from dualpipe_ext.triton_kernels.grouped_wgrad_hopper import HopperConfig
 from dualpipe_ext.triton_kernels.tiles import TileConfig
 
 ROUNDS = 15
@@ -32,19 +35,30 @@ SETS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """One MLP: L experts, R rows spread evenly, hidden H, expert width I."""
+    """One MLP: L experts, about R rows, hidden H, expert width I."""
 
     L: int
     R: int
     H: int
     I: int  # noqa: E741
+    uneven: bool = False
 
     def __str__(self):
-        return f"E{self.L} T{self.R} H{self.H} I{self.I}"
+        return f"E{self.L} T{self.R} H{self.H} I{self.I}" + (" uneven" if self.uneven else "")
+
+    def counts(self) -> list[int]:
+        """Rows of each expert: R / L, or that times U(0.3, 1.7) with one empty."""
+        if not self.uneven:
+            return [self.R // self.L] * self.L
+        draw = random.Random(0)
+        counts = [self.R / self.L * draw.uniform(0.3, 1.7) for _ in range(self.L)]
+        counts[draw.randrange(self.L)] = 0
+        return [round(count / 128) * 128 for count in counts]
 
     def flops(self, gemm: str) -> float:
         """Of one GEMM; `gate_up` and what belongs to it is twice `down`."""
-        return 2 * self.R * self.H * self.I * (2 if gemm in ("gate_up", "drows", "dw13") else 1)
+        twice = 2 if gemm in ("gate_up", "drows", "dw13") else 1
+        return 2 * sum(self.counts()) * self.H * self.I * twice
 
 
 # Gate-up and down GEMMs of these three are the five (and a sixth) of the anchors:
@@ -61,7 +75,9 @@ class Problem:
     """Tensors of one MLP, and each step by our kernels and by `torch._grouped_mm`."""
 
     def __init__(self, shape: Shape, num_sms: int):
-        L, R, H, I = shape.L, shape.R, shape.H, shape.I  # noqa: E741
+        L, H, I = shape.L, shape.H, shape.I  # noqa: E741
+        counts = torch.tensor([0, *shape.counts()])
+        R = int(counts.sum())
         generator = torch.Generator("cuda").manual_seed(0)
 
         def draw(*size, scale=1.0):
@@ -71,7 +87,7 @@ class Problem:
         self.rows, self.dout = draw(R, H), draw(R, H)
         self.w13, self.w2 = draw(L, 2 * I, H, scale=H**-0.5), draw(L, H, I, scale=I**-0.5)
         self.row_weight = torch.rand(R, device="cuda", generator=generator)
-        self.offsets = torch.arange(L + 1, dtype=torch.int32, device="cuda") * (R // L)
+        self.offsets = counts.cumsum(0).to("cuda", torch.int32)
         self.ends = self.offsets[1:].contiguous()
         self.act, self.gate_up, self.d_gate_up = draw(R, I), draw(R, 2 * I), draw(R, 2 * I)
         self.out, self.drows = torch.empty_like(self.rows), torch.empty_like(self.rows)
@@ -79,7 +95,7 @@ class Problem:
         self.num_sms = num_sms
 
     def ours(self, gemm: str, **how):
-        how["num_sms"] = self.num_sms
+        how.setdefault("num_sms", self.num_sms)
         w13, w2, offsets = self.w13, self.w2, self.offsets
         if gemm == "gate_up":
             saved = self.gate_up if how.pop("save", True) else None
@@ -120,6 +136,7 @@ class Problem:
 
 
 GEMMS = ("gate_up", "down", "d_gate_up", "drows", "dw13", "dw2")
+SWEEPS = (*GEMMS, "dw13_main_grad", "dw2_main_grad")
 
 
 def interleaved_medians(variants: dict[str, Callable[[int], object]], rounds: int) -> dict:
@@ -166,8 +183,21 @@ def check(problem: Problem, gemm: str) -> float:
     return relative_error(got, want)
 
 
-def measure(shape: Shape, num_sms: int, rounds: int) -> list[dict]:
-    sets = [Problem(shape, num_sms) for _ in range(SETS)]
+def alternatives(gemm: str) -> dict[str, dict]:
+    """What else than the default there is, as keyword arguments by name."""
+    if gemm in ("dw13", "dw2"):
+        return {}
+    config = grouped_hopper.HopperConfig
+    triton_config = {"d_gate_up": tiles.SWIGLU_BACKWARD, "gate_up": tiles.GATE_UP}
+    configs = {"Triton": triton_config.get(gemm, tiles.GEMM)}
+    configs |= {"Gluon": config(), "Gluon, drawn": config(dynamic=True)}
+    configs["Gluon, short steps"] = config(block_k=32, stages=6)
+    return {f"ours, {name}": {"config": config} for name, config in configs.items()}
+
+
+def measure(shape: Shape, num_sms: list[int], rounds: int) -> list[dict]:
+    """A row for each GEMM and variant; those on num_sms[1:] with the fair share of num_sms[0]."""
+    sets = [Problem(shape, num_sms[0]) for _ in range(SETS)]
     rows = []
     for gemm in GEMMS:
         error = check(sets[0], gemm)
@@ -175,20 +205,32 @@ def measure(shape: Shape, num_sms: int, rounds: int) -> list[dict]:
             "ours": lambda i, gemm=gemm: sets[i].ours(gemm),
             "torch": lambda i, gemm=gemm: sets[i].torch(gemm),
         }
+        options = {f"ours, {n} SMs": {"num_sms": n} for n in num_sms[1:]} or alternatives(gemm)
+        for name, how in options.items():
+            variants[name] = lambda i, g=gemm, how=how: sets[i].ours(g, **how)
         if gemm in ("dw13", "dw2"):
             # One for all sets: for the largest weight it takes 7.5 GB.
             main_grad = torch.zeros_like(getattr(sets[0], gemm), dtype=torch.float32)
             variants["ours, main_grad"] = lambda i, g=gemm, m=main_grad: sets[i].ours(
                 g, main_grad=m
             )
+            # The peer that does the same work: its gradient in bf16, and a pass to add it.
+            variants["torch, main_grad"] = lambda i, g=gemm, m=main_grad: m.add_(sets[i].torch(g))
         if gemm == "gate_up":
             variants["ours, inference"] = lambda i, g=gemm: sets[i].ours(g, save=False)
         medians = interleaved_medians(variants, rounds)
         rows += [
             row(shape, gemm, name, us, medians["torch"], shape.flops(gemm), error)
             for name, us in medians.items()
-            if name != "torch"
+            if not name.startswith("torch")
         ]
+        if "torch, main_grad" in medians:
+            same_work = medians["torch, main_grad"] / medians["ours, main_grad"]
+            rows[-1]["ratio_to_torch_and_add"] = round(same_work, 3)
+        for r in rows[-len(medians) :]:
+            n = options.get(r["variant"], {}).get("num_sms")
+            if n and r["gemm"] == gemm:
+                r["fair_share"] = round(medians["ours"] * num_sms[0] / r["us"] / n, 3)
     rows.append(measure_forward(shape, sets, rounds))
     return rows
 
@@ -230,6 +272,8 @@ def row(shape, gemm, variant, us, torch_us, flops, error) -> dict:
 
 def candidates(kernel: str) -> list[dict]:
     """Keyword arguments to try, the default first. All compile for sm_90 without spills."""
+    if kernel.endswith("main_grad"):
+        return [{"config": config} for config in main_grad_candidates()]
     base = {
         "gate_up": tiles.GATE_UP,
         "down": tiles.GEMM,
@@ -264,11 +308,29 @@ def candidates(kernel: str) -> list[dict]:
     configs = [{"config": replace(base, **change)} for change in changes]
     if kernel == "gate_up":
         configs += [{"config": base, "two_dots": True}]
+    if kernel in ("dw13", "dw2"):
+        configs += [{"config": grouped_wgrad_hopper.HOPPER_BF16}]
     return configs
 
 
+def main_grad_candidates() -> list[HopperConfig | TileConfig]:
+    base = grouped_wgrad_hopper.HOPPER_ACCUMULATE
+    changes = [
+        {},
+        {"prefetch": False},
+        {"tall": False},
+        {"strip": 32, "buffers": 4},
+        {"block_k": 32, "stages": 6, "strip": 32, "buffers": 4},
+        {"stages": 4, "strip": 32, "load": False},
+        {"stages": 4, "strip": 32, "load": False, "prefetch": False},
+    ]
+    return [*(replace(base, **change) for change in changes), tiles.WGRAD_ACCUMULATE]
+
+
 def describe(how: dict) -> str:
-    config: TileConfig = how["config"]
+    config = how["config"]
+    if not isinstance(config, TileConfig):
+        return " ".join(f"{name} {value}" for name, value in asdict(config).items())
     text = f"n{config.block_n} k{config.block_k} stages {config.stages} split {config.split} "
     text += f"group {config.group_m}" + ("" if config.flatten else " unflattened")
     return text + (" two dots" if how.get("two_dots") else "")
@@ -285,23 +347,31 @@ def sweep(kernels: list[str], num_sms: int, rounds: int) -> list[dict]:
 
 def sweep_kernel(shape: Shape, kernel: str, sets: list[Problem], rounds: int) -> list[dict]:
     """All candidates of one kernel on one shape, the fastest first."""
-    expected = sample(sets[0].ours(kernel)).clone()
-    variants = {"torch": lambda i: sets[i].torch(kernel)}
+    gemm = kernel.removesuffix("_main_grad")
+    expected = sample(sets[0].ours(gemm)).clone()
+    variants = {"torch": lambda i: sets[i].torch(gemm)}
+    shared = {}
+    if gemm != kernel:
+        main_grad = torch.zeros_like(getattr(sets[0], gemm), dtype=torch.float32)
+        shared["main_grad"] = main_grad
+        variants["torch and add_"] = lambda i: main_grad.add_(sets[i].torch(gemm))
     for how in candidates(kernel):
         name = describe(how)
         try:
-            error = relative_error(sample(sets[0].ours(kernel, **how)), expected)
+            if shared:
+                main_grad.zero_()
+            error = relative_error(sample(sets[0].ours(gemm, **shared, **how)), expected)
         except triton.runtime.errors.OutOfResources as reason:
             print(f"{shape} {kernel} {name}: {reason}")
             continue
         if not error < 1e-2:
             print(f"{shape} {kernel} {name}: WRONG, relative error {error:.1e}; left out")
             continue
-        variants[name] = lambda i, how=how: sets[i].ours(kernel, **how)
+        variants[name] = lambda i, how=how: sets[i].ours(gemm, **shared, **how)
     medians = interleaved_medians(variants, rounds)
     torch_us = medians.pop("torch")
     rows = [
-        row(shape, kernel, name, us, torch_us, shape.flops(kernel), 0.0)
+        row(shape, kernel, name, us, torch_us, shape.flops(gemm), 0.0)
         for name, us in medians.items()
     ]
     return sorted(rows, key=lambda r: r["us"])
@@ -327,44 +397,76 @@ def environment(num_sms: int) -> dict:
 def print_table(rows: list[dict]) -> None:
     names = max(len(r["variant"]) for r in rows)
     print(
-        f"\n{'shape':26} {'gemm':10} {'variant':{names}} {'us':>8} {'TFLOPS':>7} {'torch':>7} ratio"
+        f"\n{'shape':33} {'gemm':14} {'variant':{names}} {'us':>8} {'TFLOPS':>7} {'torch':>7} ratio"
     )
     for r in rows:
         numbers = f"{r['us']:8.1f} {r['tflops']:7.1f} {r['torch_tflops']:7.1f} {r['ratio']:5.2f}"
         extra = f"  host {r['host_us']:.0f} us" if "host_us" in r else ""
+        if "ratio_to_torch_and_add" in r:
+            extra += f"  {r['ratio_to_torch_and_add']:.2f} of torch and add_"
+        if "fair_share" in r:
+            extra += f"  fair share {r['fair_share']:.2f}"
         if r["error"]:
             extra += f"  error {r['error']:.1e}"
-        print(f"{r['shape']:26} {r['gemm']:10} {r['variant']:{names}} {numbers}{extra}")
+        print(f"{r['shape']:33} {r['gemm']:14} {r['variant']:{names}} {numbers}{extra}")
+
+
+def print_means(rows: list[dict]) -> None:
+    """Geometric means over shapes and GEMMs of the ratio to torch, and of fair shares."""
+    groups = {
+        "forward": ("gate_up", "down"),
+        "backward for inputs": ("d_gate_up", "drows"),
+        "backward for weights": ("dw13", "dw2"),
+    }
+    print("\ngeometric means")
+    for group, gemms in groups.items():
+        variants = dict.fromkeys(r["variant"] for r in rows if r["gemm"] in gemms)
+        for variant in variants:
+            chosen = [r for r in rows if r["gemm"] in gemms and r["variant"] == variant]
+            mean = statistics.geometric_mean(r["ratio"] for r in chosen)
+            text = f"{group:22} {variant:26} {mean:.3f} of torch"
+            if "fair_share" in chosen[0]:
+                mean = statistics.geometric_mean(r["fair_share"] for r in chosen)
+                text += f", {mean:.3f} of the fair share"
+            print(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
-    parser.add_argument("--num-sms", type=int, help="SMs our kernels take (default: all)")
+    parser.add_argument(
+        "--num-sms", type=int, nargs="+", help="SMs our kernels take (default: all)"
+    )
+    parser.add_argument(
+        "--uneven", action="store_true", help="rows an expert times U(0.3, 1.7), one expert empty"
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument(
-        "--sweep", nargs="*", choices=GEMMS, help="compare tile configurations of these kernels"
+        "--sweep", nargs="*", choices=SWEEPS, help="compare tile configurations of these kernels"
     )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device: this benchmark times GPU kernels")
-    num_sms = arguments.num_sms or torch.cuda.get_device_properties(0).multi_processor_count
+    num_sms = arguments.num_sms or [torch.cuda.get_device_properties(0).multi_processor_count]
 
     if arguments.sweep is None:
-        rows = [r for shape in SHAPES for r in measure(shape, num_sms, arguments.rounds)]
+        shapes = [replace(shape, uneven=arguments.uneven) for shape in SHAPES]
+        rows = [r for shape in shapes for r in measure(shape, num_sms, arguments.rounds)]
     else:
-        rows = sweep(arguments.sweep or list(GEMMS), num_sms, arguments.rounds)
-    facts = environment(num_sms)
+        rows = sweep(arguments.sweep or list(SWEEPS), num_sms[0], arguments.rounds)
+    facts = environment(num_sms[0])
     if arguments.json:
         configs = {
             name: asdict(value)
-            for name, value in vars(tiles).items()
-            if isinstance(value, TileConfig)
+            for name, value in (vars(tiles) | vars(grouped_wgrad_hopper)).items()
+            if isinstance(value, TileConfig | HopperConfig)
         }
         with open(arguments.json, "w") as file:
             json.dump({"environment": facts, "configs": configs, "results": rows}, file, indent=1)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print_table(rows)
+    if arguments.sweep is None:
+        print_means(rows)
 
 
 if __name__ == "__main__":

@@ -279,7 +279,8 @@ def _reference_dgrad(
         weight = row_weight[here, None]
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
-        d_act = dout[here].to(wide) @ w2[expert].to(wide)
+        # Rounded once, as the Hopper kernel leaves it in shared memory.
+        d_act = (dout[here].to(wide) @ w2[expert].to(wide)).to(dout.dtype).to(wide)
         drow_weight[here] = (d_act * silu * up).sum(1)
         d_gate = d_act * weight * up * (sigmoid + silu * (1 - sigmoid))
         d_up = d_act * weight * silu

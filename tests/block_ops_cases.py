@@ -1,4 +1,4 @@
-"""References in fp64 for the rest of a block, and checks of the operators against them.
+"""References in fp64 for the rest of a block, on the operators' device, and checks against them.
 
 test_block_ops.py runs the checks on plain torch, tests/gpu/test_block_ops.py on a GPU. As a program
 this runs them on the kernels in Triton's interpreter, in fp32 and fp16 (its bf16 arithmetic is
@@ -26,7 +26,7 @@ TOLERANCE = {
 def same(got, want, dtype, what, size=None) -> None:
     """Relative to the norm of `want`, or to `size`, that of the terms that cancel in it."""
     assert got.shape == want.shape, f"{what}: {got.shape}, not {want.shape}"
-    got, want = got.detach().double().cpu(), want.detach().double()
+    got, want = got.detach().double().to(want.device), want.detach().double()
     size = want.norm() if size is None else size.detach()
     error = float((got - want).norm() / size.clamp_min(1e-30))
     assert error < TOLERANCE[dtype], f"{what}: relative error {error:.1e} in {dtype}"
@@ -43,18 +43,20 @@ def apart(x: torch.Tensor, device) -> torch.Tensor:
     return inside.unflatten(0, x.shape[:-1])
 
 
-def drawn(seed: int, *shape, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def drawn(seed: int, *shape, dtype=torch.float32, device="cpu") -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 # ---- RMSNorm ----
 
 
 def check_rms_norm(T, H, dtype, device="cpu", *, residual=True, num_sms=None, eps=1e-5) -> None:
-    inputs = [drawn(1, T, H, dtype=dtype), drawn(2, T, H, dtype=dtype), drawn(3, H) + 1]
+    how = dict(dtype=dtype, device=device)
+    inputs = [drawn(1, T, H, **how), drawn(2, T, H, **how), drawn(3, H, device=device) + 1]
     if dtype == torch.float64:
         inputs[2] = inputs[2].double()
-    d_normed, d_hidden = (drawn(seed, T, H, dtype=dtype) for seed in (4, 5))
+    d_normed, d_hidden = (drawn(seed, T, H, **how) for seed in (4, 5))
 
     x, other, weight = (t.double().requires_grad_() for t in inputs)
     hidden = x + other if residual else x
@@ -65,7 +67,7 @@ def check_rms_norm(T, H, dtype, device="cpu", *, residual=True, num_sms=None, ep
     gradients = torch.autograd.grad(total, wanted)
 
     x, other = (apart(t, device).requires_grad_() for t in inputs[:2])
-    weight = inputs[2].to(device).requires_grad_()
+    weight = inputs[2].clone().requires_grad_()
     options = dict(eps=eps, num_sms=num_sms)
     if residual:
         got, got_hidden = rms_norm(x, weight, residual=other, **options)
@@ -79,7 +81,7 @@ def check_rms_norm(T, H, dtype, device="cpu", *, residual=True, num_sms=None, ep
     found = torch.autograd.grad(ends[0], (x, other, weight) if residual else (x, weight), ends[1])
     # With H = 1 the norm is a sign, whose slope is what is left of terms that cancel.
     rstd = (inputs[0].double() + residual * inputs[1].double()).square().mean(1, keepdim=True)
-    size = (d_normed.double() * weight.detach().double().cpu() / (rstd + eps).sqrt()).norm()
+    size = (d_normed.double() * weight.detach().double() / (rstd + eps).sqrt()).norm()
     same(found[-1], gradients[-1], dtype, "d_weight")
     for value, want in zip(found[:-1], gradients[:-1], strict=True):
         same(value, want, dtype, "dx", size + want.norm())
@@ -91,7 +93,7 @@ def check_rms_norm(T, H, dtype, device="cpu", *, residual=True, num_sms=None, ep
 def turned(x, places, interleaved, base=10_000.0):
     """Each pair as a complex number times e^(i · angle), fp64; x [B, S, N, D], places [B, S]."""
     D = x.shape[-1]
-    frequency = base ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    frequency = base ** (-torch.arange(0, D, 2, dtype=torch.float64, device=x.device) / D)
     angle = places.double()[..., None, None] * frequency
     if interleaved:
         pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
@@ -118,10 +120,11 @@ def check_rotary(
     num_sms=None,
 ) -> None:
     """`places` draws positions at random; `packed` makes [T, N, D] of it, which needs them."""
-    x, dy = drawn(1, B, S, N, D, dtype=dtype), drawn(2, B, S, N, D, dtype=dtype)
+    x, dy = (drawn(seed, B, S, N, D, dtype=dtype, device=device) for seed in (1, 2))
     positions = torch.arange(S).expand(B, S)
     if places or packed:
         positions = torch.randint(0, 100, (B, S), generator=torch.Generator().manual_seed(3))
+    positions = positions.to(device)
     cos, sin = rotary_tables(max(S, 100), D, device=device)
     want = turned(x, positions, interleaved)
     # The gradient of a rotation is the opposite rotation.
@@ -129,7 +132,6 @@ def check_rotary(
     options = dict(interleaved=interleaved, num_sms=num_sms)
     if places or packed:
         options["positions"] = positions.flatten() if packed else positions
-        options["positions"] = options["positions"].to(device)
     if packed:
         x, dy, want, want_dx = (t.flatten(0, 1) for t in (x, dy, want, want_dx))
 
@@ -165,17 +167,20 @@ def check_cross_entropy(
     ignored=0.3,
     num_sms=None,
 ) -> None:
-    logits = (3 * drawn(1, T, V)).to(dtype)
+    logits = (3 * drawn(1, T, V, device=device)).to(dtype)
     generator = torch.Generator().manual_seed(2)
     targets = torch.randint(0, V, (T,), generator=generator)
     keep = torch.rand(T, generator=generator) >= ignored
     targets[~keep] = -100
+    targets, keep = targets.to(device), keep.to(device)
 
     x = logits.double().requires_grad_()
     lse = x.exp().sum(1).log()
     losses = lse - x.gather(1, targets.clamp_min(0)[:, None])[:, 0] + z_loss * lse.square()
     losses = losses * keep
-    d_losses = drawn(3, T).double() if reduction == "none" else torch.ones(()).double()
+    d_losses = drawn(3, T, device=device).double()
+    if reduction != "none":
+        d_losses = torch.ones_like(d_losses[0])
     want = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
         want = want / max(1, int(keep.sum()))
@@ -185,7 +190,7 @@ def check_cross_entropy(
     leaf = apart(logits, device).requires_grad_()
     middle = leaf * 1 if inplace else leaf
     options = dict(reduction=reduction, z_loss=z_loss, inplace=inplace, num_sms=num_sms)
-    got = cross_entropy(middle, targets.to(device), **options)
+    got = cross_entropy(middle, targets, **options)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     loss_dtype = torch.float32 if dtype != torch.float64 else dtype
     # With V = 1 it is the difference of two equal numbers; its natural unit is 1.
@@ -225,47 +230,58 @@ def check_route(
         topk_groups=keep,
         route_scale=2.5,
     )
-    x, weight = drawn(1, T, H, dtype=dtype), drawn(2, E, H) * 2 / H**0.5
-    bias = drawn(3, E) / 8 if sigmoid else None
+    router.double().to(device)
+    x = drawn(1, T, H, dtype=dtype, device=device)
+    weight = drawn(2, E, H, device=device) * 2 / H**0.5
+    bias = drawn(3, E, device=device) / 8 if sigmoid else None
     with torch.no_grad():
-        router.double().weight.copy_(weight)
+        router.weight.copy_(weight)
         if sigmoid:
             router.bias.copy_(bias)
     x64 = x.double().requires_grad_()
     want = router(x64)
 
-    x_leaf, weight_leaf = apart(x, device).requires_grad_(), weight.to(device).requires_grad_()
-    on_device = None if bias is None else bias.to(device)
+    x_leaf, weight_leaf = apart(x, device).requires_grad_(), weight.clone().requires_grad_()
     how = dict(topk=K, renormalize=renormalize, n_groups=groups, topk_groups=keep, route_scale=2.5)
     idx, topk_weight, probability_sum, count = (run or route)(
-        x_leaf, weight_leaf, on_device, num_sms=num_sms, **how
+        x_leaf, weight_leaf, bias, num_sms=num_sms, **how
     )
     assert idx.dtype == torch.int32 and count.dtype == torch.int64
     assert topk_weight.dtype == probability_sum.dtype == torch.float32
-    # In thousands of tokens some have two experts less apart than fp32 can see.
-    agree = (idx.cpu() == want.topk_idx).all(dim=1)
-    assert (~agree).sum() <= T // 500, f"{int((~agree).sum())} of {T} tokens went elsewhere"
-    assert torch.equal(count.cpu(), torch.bincount(idx.cpu().flatten(), minlength=E))
-    fp32 = torch.float32
-    same(topk_weight[agree.to(device)], want.topk_weight[agree], fp32, "topk_weight")
-    # The auxiliary loss holds the probabilities: with one share an expert it is their weighted sum.
-    d_sum = drawn(4, E).double()
     logits = x64 @ router.weight.T
     scores = logits.sigmoid() if sigmoid else logits.softmax(1)
+    # Experts less apart than fp32 can see may change places: of the gaps between the 33 best of
+    # 500 experts one in 10⁴ is below 1e-6. With groups a token's other experts change, too.
+    ranking = router.bias + scores if sigmoid else logits
+    agree = (idx == want.topk_idx).all(dim=1)
+    apart_by = ranking.gather(1, idx.long()) - ranking.gather(1, want.topk_idx.long())
+    elsewhere = int((apart_by.abs() > 1e-4).any(dim=1).sum())
+    assert elsewhere <= T // 500, f"{elsewhere} of {T} tokens went elsewhere"
+    assert (~agree).sum() <= 1 + T // 100
+    assert torch.equal(count, idx.flatten().long().bincount(minlength=E))
+    fp32 = torch.float32
+    same(topk_weight[agree], want.topk_weight[agree], fp32, "topk_weight")
+    # The auxiliary loss holds the probabilities: with one share an expert it is their weighted sum.
+    d_sum = drawn(4, E, device=device).double()
     sums = (scores / scores.sum(1, keepdim=True)).sum(0)
     same(probability_sum, sums, fp32, "probability_sum")
 
-    d_weight = drawn(5, T, K).double() * agree[:, None]
+    d_weight = drawn(5, T, K, device=device).double() * agree[:, None]
     total = (want.topk_weight * d_weight).sum() + (sums * d_sum / T).sum()
     want_dx, want_dw = torch.autograd.grad(total, (x64, router.weight))
     got_dx, got_dw = torch.autograd.grad(
         (topk_weight, probability_sum),
         (x_leaf, weight_leaf),
-        (d_weight.float().to(device), (d_sum / T).float().to(device)),
+        (d_weight.float(), (d_sum / T).float()),
     )
     assert got_dx.dtype == dtype and got_dw.dtype == torch.float32
-    same(got_dx, want_dx, dtype, "dx")
-    same(got_dw, want_dw, fp32 if dtype != torch.float16 else dtype, "d_weight")
+    # Where one expert has all of the probability, its gradient is what is left of these terms.
+    terms = (scores / scores.sum(1, keepdim=True) * d_sum / T).detach()
+    size = (terms @ weight.double()).norm()
+    same(got_dx, want_dx, dtype, "dx", want_dx.norm() + size)
+    size = (terms.T @ x.double()).norm()
+    math = fp32 if dtype != torch.float16 else dtype
+    same(got_dw, want_dw, math, "d_weight", want_dw.norm() + size)
 
 
 def route_in_parts(*arguments, num_sms, **how):

@@ -66,7 +66,7 @@ def grouped_gemm(
     *,
     weight_is_nk: bool,
     num_sms: int,
-    config: TileConfig = GEMM,
+    config=GEMM,
 ) -> torch.Tensor:
     """Multiplies every row with its expert's matrix.
 
@@ -74,7 +74,13 @@ def grouped_gemm(
     weight          [L, N, K] if `weight_is_nk`, else [L, K, N]
     expert_offsets  [L + 1] int32, multiples of 128, last <= R
     out             [R, N], written up to row expert_offsets[-1]
+    config          a TileConfig, or a HopperConfig for the Gluon kernel
     """
+    if not isinstance(config, TileConfig):
+        from .grouped_hopper import grouped_gemm_hopper
+
+        how = {"weight_is_nk": weight_is_nk, "num_sms": num_sms, "config": config}
+        return grouped_gemm_hopper(rows, weight, expert_offsets, out, **how)
     R, K = rows.shape
     L, N = weight.shape[0], out.shape[1]
     block_n, block_k = config.block_n, config.block_k

@@ -17,6 +17,7 @@ from .tiles import (
     GATE_UP,
     SWIGLU_BACKWARD,
     TileConfig,
+    has_gluon_kernels,
     locate_tile,
     search_steps,
     split_columns,
@@ -128,7 +129,7 @@ def grouped_gate_up(
     gate_up: torch.Tensor | None,
     *,
     num_sms: int,
-    config: TileConfig = GATE_UP,
+    config=GATE_UP,
     two_dots: bool = False,
 ) -> None:
     """act = silu(rows @ gate.T) * (rows @ up.T) * row_weight.
@@ -138,8 +139,15 @@ def grouped_gate_up(
     w13         [L, 2I, H], rows 0..I-1 gate, I..2I-1 up
     act         [R, I], written up to row expert_offsets[-1]
     gate_up     [R, 2I] the values before SwiGLU for the backward, or None
+    config      a TileConfig, or a HopperConfig for the Gluon kernel
     two_dots    two dots of width block_n / 2 instead of one of block_n: the same sums
     """
+    if not isinstance(config, TileConfig):
+        from .grouped_hopper_swiglu import gate_up_hopper
+
+        tensors = (rows, row_weight, w13, expert_offsets, act, gate_up)
+        gate_up_hopper(*tensors, num_sms=num_sms, config=config)
+        return
     (R, H), (L, twice, _) = rows.shape, w13.shape
     I = twice // 2  # noqa: E741
     half, block_k = config.block_n // 2, config.block_k
@@ -257,7 +265,7 @@ def grouped_swiglu_backward(
     d_gate_up: torch.Tensor,
     *,
     num_sms: int,
-    config: TileConfig = SWIGLU_BACKWARD,
+    config=None,
 ) -> torch.Tensor:
     """Goes back through the down projection and SwiGLU.
 
@@ -267,7 +275,15 @@ def grouped_swiglu_backward(
     d_gate_up  [R, 2I], written up to row expert_offsets[-1]
     Returns d_row_weight [R] fp32, 0 past expert_offsets[-1]. Every N tile writes its own sums,
     which are then added in the tiles' order: the same bits in every run and for every `num_sms`.
+    `config` is a TileConfig, or a HopperConfig for the Gluon kernel, which Hopper gets by default.
     """
+    if config is None and not has_gluon_kernels(d_out):
+        config = SWIGLU_BACKWARD
+    if not isinstance(config, TileConfig):
+        from .grouped_hopper_swiglu import swiglu_backward_hopper
+
+        tensors = (d_out, w2, gate_up, row_weight, expert_offsets, d_gate_up)
+        return swiglu_backward_hopper(*tensors, num_sms=num_sms, config=config)
     (R, H), (L, _, I) = d_out.shape, w2.shape  # noqa: E741
     block_n, block_k = config.block_n, config.block_k
     strip = block_n // config.split

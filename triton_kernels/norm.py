@@ -22,7 +22,10 @@ TILE = 8192  # numbers of a tile where rows are shorter
 # A row of H = 7168 in bf16 is a tile of 16 KB: x and residual of two tiles are 64 KB.
 SHARED = 160 * 1024  # bytes for tiles in flight
 MAX_STAGES = 4
-SEGMENTS = 256  # at most: partial sums of d_weight, 7 MB at H = 7168 beside 470 MB of rows
+# Parts of d_weight at most, whatever num_sms is, so that it changes no bit: two for each of 132
+# SMs, 7.6 MB at H = 7168 beside 470 MB of rows.
+SEGMENTS = 264
+PARTS_COLUMNS = 64  # of all parts that a program adds: 112 of them at H = 7168
 
 
 def tile_shape(H: int, bytes_per_number: int) -> dict[str, int]:
@@ -92,7 +95,7 @@ def rms_norm_backward_kernel(
     dx_ptr,
     parts_ptr,
     num_rows,
-    segment_rows,
+    segments,
     H: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -104,33 +107,57 @@ def rms_norm_backward_kernel(
     inside = column < H
     if COLUMNS <= TILE:
         weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
-    segments = tl.cdiv(num_rows, segment_rows)
-    for segment in range(tl.program_id(0), segments, tl.num_programs(0)):
-        end = tl.minimum((segment + 1) * segment_rows, num_rows)
-        d_weight = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for first in tl.range(segment * segment_rows, end, ROWS, num_stages=STAGES):
-            row = first + tl.arange(0, ROWS)
-            exists = row < end
-            mask = exists[:, None] & inside
-            d_normed = d_normed_ptr + offset(row, d_normed_row, UNIT)[:, None] + column
-            d_normed = tl.load(d_normed, mask=mask, other=0).to(tl.float32)
-            hidden = hidden_ptr + offset(row, hidden_row, UNIT)[:, None] + column
-            hidden = tl.load(hidden, mask=mask, other=0).to(tl.float32)
-            rstd = tl.load(rstd_table + row, mask=exists, other=0)[:, None]
-            unit = hidden * rstd
-            d_weight += d_normed * unit
-            if COLUMNS > TILE:  # no registers to keep it in
-                weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
-            slope = d_normed * weight
-            mean = tl.sum(slope * unit, axis=1)[:, None] / H
-            dx = rstd * (slope - unit * mean)
-            if d_hidden_ptr is not None:
-                d_hidden = d_hidden_ptr + offset(row, d_hidden_row, UNIT)[:, None] + column
-                dx += tl.load(d_hidden, mask=mask, other=0).to(tl.float32)
-            target = dx_ptr + row[:, None].to(tl.int64) * H + column
-            tl.store(target, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        part = tl.sum(d_weight, axis=0)[None, :]
-        tl.store(parts_ptr + tl.cast(segment, tl.int64) * H + column, part, mask=inside)
+    tiles = tl.cdiv(num_rows, ROWS)
+    steps = tl.cdiv(tiles, segments)  # of a segment; some have one tile less
+    own = tl.cdiv(segments - tl.program_id(0), tl.num_programs(0))
+    d_weight = tl.zeros((ROWS, COLUMNS), tl.float32)
+    # One loop through all segments: at the end of one the loads of the next are in flight.
+    for step in tl.range(own * steps, num_stages=STAGES):
+        segment = tl.program_id(0) + step // steps * tl.num_programs(0)
+        tile = segment * tiles // segments + step % steps
+        row = tile * ROWS + tl.arange(0, ROWS)
+        exists = (row < num_rows) & (tile < (segment + 1) * tiles // segments)
+        mask = exists[:, None] & inside
+        d_normed = d_normed_ptr + offset(row, d_normed_row, UNIT)[:, None] + column
+        d_normed = tl.load(d_normed, mask=mask, other=0).to(tl.float32)
+        hidden = hidden_ptr + offset(row, hidden_row, UNIT)[:, None] + column
+        hidden = tl.load(hidden, mask=mask, other=0).to(tl.float32)
+        rstd = tl.load(rstd_table + row, mask=exists, other=0)[:, None]
+        unit = hidden * rstd
+        d_weight += d_normed * unit
+        if COLUMNS > TILE:  # no registers to keep it in
+            weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
+        slope = d_normed * weight
+        mean = tl.sum(slope * unit, axis=1)[:, None] / H
+        dx = rstd * (slope - unit * mean)
+        if d_hidden_ptr is not None:
+            d_hidden = d_hidden_ptr + offset(row, d_hidden_row, UNIT)[:, None] + column
+            dx += tl.load(d_hidden, mask=mask, other=0).to(tl.float32)
+        target = dx_ptr + row[:, None].to(tl.int64) * H + column
+        tl.store(target, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if step % steps == steps - 1:
+            part = tl.sum(d_weight, axis=0)[None, :]
+            tl.store(parts_ptr + tl.cast(segment, tl.int64) * H + column, part, mask=inside)
+            d_weight = tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@row_kernel
+def add_parts_kernel(
+    parts_ptr,
+    d_weight_ptr,
+    segments,
+    H: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    for first in range(tl.program_id(0) * COLUMNS, H, tl.num_programs(0) * COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        total = tl.zeros((COLUMNS,), tl.float32)
+        for start in range(0, segments, PARTS):
+            part = start + tl.arange(0, PARTS)[:, None]
+            mask = (part < segments) & (column < H)[None, :]
+            total += tl.sum(tl.load(parts_ptr + part * H + column, mask=mask, other=0), axis=0)
+        tl.store(d_weight_ptr + column, total.to(d_weight_ptr.dtype.element_ty), mask=column < H)
 
 
 def rms_norm(
@@ -179,16 +206,15 @@ def rms_norm_backward(
     *,
     num_sms: int,
 ) -> torch.Tensor:
-    """Writes dx [T, H], the gradient of x and of residual alike; returns d_weight [H] fp32.
+    """Writes dx [T, H], the gradient of x and of residual alike; returns d_weight like weight.
 
     d_normed, d_hidden, hidden  [T, H], the last dimension contiguous; d_hidden or None
     Every segment of rows writes a sum of its own, which are then added in order: the same bits in
-    every run and for every `num_sms`. With T = 8192 the 256 segments have 32 rows each.
+    every run and for every `num_sms`. With T = 8192 the 264 segments have 31 or 32 rows each.
     """
     T, H = hidden.shape
     shape = tile_shape(H, hidden.element_size() * (2 if d_hidden is None else 3))
-    segment_rows = triton.cdiv(triton.cdiv(T, SEGMENTS), shape["ROWS"]) * shape["ROWS"]
-    segments = triton.cdiv(T, segment_rows)
+    segments = min(SEGMENTS, triton.cdiv(T, shape["ROWS"]))
     unit = stride_unit(d_normed, d_hidden, hidden)
     parts = torch.empty(segments, H, dtype=torch.float32, device=hidden.device)
     rms_norm_backward_kernel[(max(1, min(num_sms, segments)),)](
@@ -203,8 +229,12 @@ def rms_norm_backward(
         dx,
         parts,
         T,
-        segment_rows,
+        segments,
         UNIT=unit,
         **shape,
     )
-    return parts.sum(0)
+    d_weight = torch.empty_like(weight)
+    add_parts_kernel[(max(1, min(num_sms, triton.cdiv(H, PARTS_COLUMNS))),)](
+        parts, d_weight, segments, H=H, PARTS=256, COLUMNS=PARTS_COLUMNS, num_warps=16
+    )
+    return d_weight

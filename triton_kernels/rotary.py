@@ -17,11 +17,10 @@ from .row_tiles import offset, row_kernel, stride_unit
 __all__ = ["MAX_WIDTH", "rotary"]
 
 MAX_WIDTH = 1024
-# Numbers of a tile: 512 threads have 32 each. 32 KB of bf16 and 3 stages keep 64 KB in flight,
-# where 30 are needed (30 bytes a ns and SM, 1 µs).
+# Numbers of a tile: 1024 threads have 16 each, two vectors of 16 bytes in bf16: 32 KB are on their
+# way at a time, where 15 are needed (15 bytes read a ns and SM, 1 µs).
 TILE = 16384
-WARPS = 16
-STAGES = 3
+WARPS = 32
 MAX_HEADS = 64  # of a tile
 
 
@@ -48,13 +47,14 @@ def rotary_kernel(
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
-    STAGES: tl.constexpr,
     UNIT: tl.constexpr,
 ):
     head_tiles = tl.cdiv(num_heads, HEADS)
     tiles = tl.cdiv(num_tokens, TOKENS) * head_tiles
     pair = tl.arange(0, HALF)[None, None, :]
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=1):
+        # Dimensions are heads, tokens, pairs: lanes of a warp fill the first, and read a line or
+        # more of neighbouring heads, whose angles are one.
         token = tile // head_tiles * TOKENS + tl.arange(0, TOKENS)
         head = tile % head_tiles * HEADS + tl.arange(0, HEADS)
         exists = token < num_tokens
@@ -64,25 +64,27 @@ def rotary_kernel(
             position = tl.load(positions_table + token, mask=exists, other=0)
         # A position beyond the tables turns a head to NaN, where a wrong angle would go unseen.
         known = (position >= 0) & (position < max_positions)
-        angle = position.to(tl.int64)[:, None, None] * (D // 2) + pair
-        table_mask = (exists & known)[:, None, None] & (pair < D // 2)
+        # Every thread reads the angles of its pairs: from another one they would cost a barrier.
+        angle = position.to(tl.int64)[None, :, None] * (D // 2) + pair
+        angle = tl.broadcast_to(angle, (HEADS, TOKENS, HALF))
+        table_mask = (exists & known)[None, :, None] & (pair < D // 2)
         cos = tl.load(cos_ptr + angle, mask=table_mask, other=float("nan"))
         sin = tl.load(sin_ptr + angle, mask=table_mask, other=float("nan"))
         if INVERSE:
             sin = -sin
 
-        heads = (exists[:, None] & (head < num_heads)[None, :])[:, :, None]
+        heads = ((head < num_heads)[:, None] & exists[None, :])[:, :, None]
         x = offset(token // length, x_sequence, UNIT) + offset(token % length, x_token, UNIT)
-        x = x_ptr + x[:, None, None] + offset(head, x_head, UNIT)[None, :, None]
+        x = x_ptr + x[None, :, None] + offset(head, x_head, UNIT)[:, None, None]
         y = offset(token // length, y_sequence, UNIT) + offset(token % length, y_token, UNIT)
-        y = y_ptr + y[:, None, None] + offset(head, y_head, UNIT)[None, :, None]
+        y = y_ptr + y[None, :, None] + offset(head, y_head, UNIT)[:, None, None]
         if INTERLEAVED:
             number = tl.arange(0, 2 * HALF)[None, None, :]
             mask = heads & (number < D)
             both = tl.load(x + number, mask=mask, other=0).to(tl.float32)
-            a, b = both.reshape(TOKENS, HEADS, HALF, 2).split()
+            a, b = both.reshape(HEADS, TOKENS, HALF, 2).split()
             both = tl.join(a * cos - b * sin, a * sin + b * cos)
-            both = both.reshape(TOKENS, HEADS, 2 * HALF).to(y_ptr.dtype.element_ty)
+            both = both.reshape(HEADS, TOKENS, 2 * HALF).to(y_ptr.dtype.element_ty)
             tl.store(y + number, both, mask=mask)
         else:
             mask = heads & (pair < D // 2)
@@ -112,8 +114,7 @@ def rotary(
     """
     B, S, N, D = x.shape
     half = triton.next_power_of_2(D // 2)
-    heads = head_block(N, half)
-    tokens = max(1, TILE // (2 * half * heads))
+    tokens, heads = tile_shape(N, half)
     unit = stride_unit(x, y)
     tiles = triton.cdiv(B * S, tokens) * triton.cdiv(N, heads)
     rotary_kernel[(max(1, min(num_sms, tiles)),)](
@@ -134,19 +135,18 @@ def rotary(
         TOKENS=tokens,
         HEADS=heads,
         HALF=half,
-        STAGES=STAGES,
         UNIT=unit,
         num_warps=WARPS,
     )
 
 
-def head_block(num_heads: int, half: int) -> int:
-    """Heads of a tile: those that share a token's angles and waste no lanes.
+def tile_shape(num_heads: int, half: int) -> tuple[int, int]:
+    """Tokens and heads of a tile, powers of two: heads that share angles and waste no lanes.
 
-    40 heads → 8, 32 → 32, 5 → 8 (three lanes idle), 128 heads of width 512 → 32.
+    Heads of width 128: 40 → (16, 8), 32 → (4, 32), 5 → (16, 8), three lanes idle.
     """
-    limit = min(MAX_HEADS, TILE // (2 * half))
     dividing = num_heads & -num_heads
     if dividing < 4:
         dividing = triton.next_power_of_2(num_heads)
-    return min(limit, dividing)
+    heads = min(MAX_HEADS, TILE // (2 * half), dividing)
+    return max(1, TILE // (2 * half * heads)), heads

@@ -9,6 +9,7 @@ Every kernel is persistent: `num_sms` programs step through the tiles, `tile = p
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 
@@ -84,6 +85,11 @@ def split_columns(x):
     rows: tl.constexpr = x.shape[0]
     half: tl.constexpr = x.shape[1] // 2
     return x.reshape(rows, 2, half).permute(0, 2, 1).split()
+
+
+def has_gluon_kernels(x: torch.Tensor) -> bool:
+    """Whether the kernels of grouped_hopper*.py run where x is: wgmma is Hopper's alone."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def search_steps(num_experts: int) -> int:

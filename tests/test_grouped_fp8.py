@@ -1,0 +1,163 @@
+"""The fp8 GEMM without a GPU: run by the emulator, its quantising kernels by Triton's interpreter,
+and all compiled ahead of time for sm_90."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gluon_emulator import emulate
+from tests.grouped_fp8_cases import CASES, E4M3, NAN, make_problem, relative_error
+from tests.test_grouped_mlp import resource_usage
+
+ROOT = Path(__file__).resolve().parent.parent
+TURNS = ("free", "issue", "run")
+
+# (registers a thread, bytes of shared memory, of stack a thread), Triton 3.6. Of the GEMM's
+# registers three warpgroups make 232 + 232 + 40.
+RESOURCES = {
+    "gemm, free": (168, 231800, 0),
+    "gemm, issue": (168, 231832, 0),
+    "gemm, run": (168, 231832, 0),
+    "rows": (64, 1024, 0),
+    "weights": (64, 32768, 0),
+}
+
+
+@cache
+def emulated():
+    (module,) = emulate(ROOT / "triton_kernels", "grouped_fp8")
+    return module
+
+
+def run(problem, num_sms: int, turns: str = "issue") -> torch.Tensor:
+    """out [R, N], NaN where the kernel writes nothing."""
+    kernels = emulated()
+    out = torch.full((len(problem.rows), problem.weight.shape[1]), NAN, dtype=torch.bfloat16)
+    inputs = (problem.q_rows, problem.row_scale, problem.q_weight, problem.weight_scale)
+    config = kernels.Fp8Config(turns=turns)
+    return kernels.grouped_fp8_gemm(*inputs, problem.offsets, out, num_sms=num_sms, config=config)
+
+
+@pytest.mark.parametrize("num_sms", [1, 3, 132])
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_equals_fp64(case, num_sms):
+    problem = make_problem(*CASES[case])
+    out = run(problem, num_sms)
+    # One rounding to bf16: at most 2⁻⁹ of a value, 1.7e-3 on average.
+    assert relative_error(out[: problem.end], problem.expected()) < 2.5e-3
+    assert out[problem.end :].isnan().all()
+
+
+@pytest.mark.parametrize("turns", TURNS)
+def test_turns_change_no_bit(turns):
+    problem = make_problem((256, 128), 512, 768)
+    assert torch.equal(run(problem, 2, turns), run(problem, 5))
+
+
+def test_transposed_scales_are_a_view():
+    problem = make_problem((128, 128), 272, 400)
+    want = run(problem, 2)
+    problem.weight_scale = problem.weight_scale.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(run(problem, 2), want)
+
+
+def test_fp8_is_as_far_from_bf16_as_three_bits_of_mantissa():
+    problem = make_problem((256,), 256, 1024)
+    assert 2e-2 < relative_error(run(problem, 4)[: problem.end], problem.unrounded()) < 4e-2
+
+
+def test_widths_that_do_not_fit_are_named():
+    quantize = pytest.importorskip("dualpipe_ext.triton_kernels.quantize")
+    offsets = torch.tensor([0, 128], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"\(128, 24\).*\(24,\) as multiples of 16"):
+        quantize.quantize_rows(torch.zeros(128, 24), offsets, num_sms=1)
+    with pytest.raises(ValueError, match=r"strides \(512, 1, 16\).*pass contiguous"):
+        quantize.quantize_weights(torch.zeros(1, 32, 16).transpose(1, 2))
+
+
+def test_interpreter_equals_plain_torch():
+    pytest.importorskip("triton")
+    numpy = pytest.importorskip("numpy").__version__
+    if tuple(map(int, numpy.split(".")[:2])) > (2, 3):
+        pytest.skip(f"numpy {numpy}: Triton 3.6's interpreter needs 2.3 or older")
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.grouped_fp8_cases"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.splitlines() == ["ok empty experts", "ok partial tiles", "ok narrow"]
+
+
+# ---- Compiled ----
+
+
+def compile_launch(name: str, monkeypatch):
+    from dualpipe_ext.triton_kernels import grouped_fp8, quantize
+    from tests import block_ops_kernels, flash_attention_kernels
+
+    bf16, offsets = dict(dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int32)
+    rows, weight = torch.empty(256, 256, **bf16), torch.empty(2, 512, 256, **bf16)
+    gemm = name.startswith("gemm")
+    compiler = flash_attention_kernels if gemm else block_ops_kernels
+    monkeypatch.setitem(compiler.TYPES, E4M3, "fp8e4nv")
+    module = grouped_fp8 if gemm else quantize
+    kernel = "grouped_fp8_kernel" if gemm else f"quantize_{name}_kernel"
+    ahead = compiler.AheadOfTime(getattr(module, kernel))
+    monkeypatch.setattr(module, kernel, ahead)
+    if gemm:
+        grouped_fp8.grouped_fp8_gemm(
+            rows.to(E4M3),
+            torch.empty(2, 256),
+            weight.to(E4M3),
+            torch.empty(2, 4, 2),
+            offsets,
+            torch.empty(256, 512, **bf16),
+            num_sms=132,
+            config=grouped_fp8.Fp8Config(turns=name.split()[-1]),
+        )
+    elif name == "rows":
+        quantize.quantize_rows(rows, offsets, num_sms=132)
+    else:
+        quantize.quantize_weights(weight)
+    return ahead.compiled
+
+
+@pytest.mark.parametrize("name", RESOURCES)
+def test_kernel_compiles_for_sm_90_without_spills(name, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    compiled = compile_launch(name, monkeypatch)
+    usage = resource_usage(compiled.asm["cubin"], tmp_path)
+    registers, shared, stack = RESOURCES[name]
+    assert usage["REG"] <= registers and usage["STACK"] + usage["LOCAL"] <= stack, usage
+    assert compiled.metadata.shared <= min(shared, 227 * 1024)
+    ptx = compiled.asm["ptx"]
+    if name.startswith("gemm"):
+        assert "setmaxnreg.inc" in ptx and "cp.async.bulk.tensor" in ptx
+        # Four products of 32 for 128 of K, in two halves, in two warpgroups; the first of each four
+        # starts at zero, and the sums of two never meet but in fp32.
+        products = re.findall(r"wgmma\.mma_async\.\S+", ptx)
+        assert products == ["wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"] * 16
+        # Layout changes rename registers.
+        assert "convert_layout" not in compiled.asm["ttgir"]
+    else:
+        assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+
+
+def test_sizes_share_one_compilation():
+    pytest.importorskip("triton")
+    from dualpipe_ext.triton_kernels import grouped_fp8, quantize
+
+    kernels = (quantize.quantize_rows_kernel, quantize.quantize_weights_kernel)
+    for kernel in (grouped_fp8.grouped_fp8_kernel, *kernels):
+        for parameter in kernel.params:
+            if not parameter.name.endswith(("_ptr", "_desc")):
+                assert parameter.do_not_specialize != parameter.is_constexpr, parameter.name
