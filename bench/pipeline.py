@@ -251,23 +251,26 @@ def _run_whole(chunk, gradients) -> None:
     chunk.backward_weight()
 
 
-def transfer_us(layout: Layout, repeats: int = 10) -> float:
-    """Median time of an activation from an even pipeline rank to the next, slowest pair."""
+def transfer_us(layout: Layout, pipeline: Pipeline, repeats: int = 10) -> float:
+    """Median time of an activation from an even pipeline rank to the next, slowest pair.
+
+    Through the links of `pipeline`, from a tensor of one rank to a tensor of the other.
+    """
     neighbour = layout.rank + 1 - 2 * (layout.rank % 2)
-    there = neighbour * layout.columns + layout.column
-    x, times = torch.empty_like(layout.chunk_input), []
+    x, times, links = torch.empty_like(layout.chunk_input), [], pipeline.links.current
     for repeat in range(repeats + 2):
         line_up(100)
         begin = Stamp()
         if neighbour < layout.pipeline_ranks:
             if layout.rank % 2:
-                dist.recv(x, src=there)
+                links.receive([(tuple(x.shape), x.dtype)], neighbour).wait()
             else:
-                dist.send(x, dst=there)
+                links.send([x], neighbour).wait()
         if repeat >= 2:
             times.append((begin, Stamp()))
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    pipeline.check()
     return slowest([statistics.median(begin.until(end) for begin, end in times)])[0]
 
 
@@ -337,13 +340,20 @@ def measure_layout(layout: Layout, args: argparse.Namespace, rank: int) -> list[
     layout.exchange.check()
     print_progress(rank, f"{layout.name}: steps timed, {_elapsed():.0f} s")
     actions = time_actions(layout, pipelines, args.repeats)
-    p2p = transfer_us(layout)
+    pipeline = next(pipeline for pipeline, _ in pipelines.values())
+    p2p = transfer_us(layout, pipeline)
+    how = f"{pipeline.links.current.name} ({pipeline.links.reason})"
+    print_progress(rank, f"{layout.name}: transfers by {how}, an activation in {p2p:.1f} us")
     records = []
     for (kind, (_, schedule)), loss in zip(pipelines.items(), total.tolist(), strict=True):
         times = MeasuredTimes(actions[kind], p2p)
         records.append(
             describe_kind(layout, kind, step_us[kind], times, simulate(schedule, times))
-            | {"backend": layout.exchange.backend, "loss": loss / args.chunks / layout.columns}
+            | {
+                "transfers": how,
+                "backend": layout.exchange.backend,
+                "loss": loss / args.chunks / layout.columns,
+            }
         )
     copies = time_copies(layout, pipelines)
     for record in records:

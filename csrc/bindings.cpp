@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "exchange.h"
@@ -95,12 +96,45 @@ std::vector<void*> pointers(const std::vector<uintptr_t>& addresses) {
   return result;
 }
 
+Link make_link(int device, int peer, bool sends, uintptr_t theirs, uintptr_t mine, uintptr_t abort,
+               uintptr_t fault, double timeout) {
+  return {device,
+          peer,
+          sends,
+          pointer<uint64_t>(theirs),
+          pointer<uint64_t>(mine),
+          pointer<uint64_t>(abort),
+          pointer<LinkFault>(fault),
+          static_cast<int64_t>(timeout * 1e9)};
+}
+
+// (to, from, bytes) of a copy
+using Copy = std::tuple<uintptr_t, uintptr_t, int64_t>;
+
+void move_item(const Link& link, uint64_t expected, const std::vector<Copy>& copies,
+               uint64_t sequence, uintptr_t stream) {
+  std::vector<LinkCopy> found(copies.size());
+  std::transform(copies.begin(), copies.end(), found.begin(), [](const Copy& copy) {
+    const auto& [to, from, bytes] = copy;
+    return LinkCopy{pointer<void>(to), pointer<void>(from), bytes};
+  });
+  launch_link(link, {expected, found.data(), static_cast<int>(found.size()), sequence,
+                     pointer<void>(stream)});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "SM-partitioned all-to-all kernels of dualpipe_ext; pointers and sizes as integers.";
   m.attr("HEADER_WORDS") = static_cast<int>(PlanLayout::kHeader);
   m.attr("FAULT_WORDS") = sizeof(Fault) / sizeof(int64_t);
+  m.attr("LINK_FAULT_WORDS") = sizeof(LinkFault) / sizeof(int64_t);
+
+  py::class_<Link>(m, "Link")
+      .def(py::init(&make_link), py::kw_only(), py::arg("device"), py::arg("peer"),
+           py::arg("sends"), py::arg("theirs"), py::arg("mine"), py::arg("abort"), py::arg("fault"),
+           py::arg("timeout"))
+      .def("move", &move_item);
 
   py::class_<Exchange>(m, "Exchange")
       .def(py::init(&make_exchange), py::kw_only(), py::arg("rank"), py::arg("ranks"),

@@ -242,6 +242,43 @@ void launch_wait_outbox(const Exchange& ex, int channel, void* stream);
 void launch_push_ceiling(const Exchange& ex, const void* x, int tokens, int rows, int sms,
                          void* stream);
 
+// What a pipeline's links report to the host; lives in pinned host memory.
+struct LinkFault {
+  int64_t raised;  // by the first wait that gives up
+  int64_t peer;
+  int64_t sends;  // 1 if it waited for room at the peer, 0 if for the peer's data
+  int64_t expected, seen;
+};
+
+// One way between two ranks of a pipeline, as one of its ends sees it. Flags hold the number of the
+// latest item, counted from 1 over the life of the link, so nothing is ever reset.
+struct Link {
+  int device, peer;
+  int sends;               // this end is the source
+  const uint64_t* theirs;  // here, raised by the peer: items that it has sent, or taken
+  uint64_t* mine;          // at the peer, raised by this end
+  uint64_t* abort;         // here; set by the first wait of any link that gives up
+  LinkFault* fault;
+  int64_t timeout_ns;
+};
+
+struct LinkCopy {
+  void* to;
+  const void* from;
+  int64_t bytes;
+};
+
+// One item, at one of its ends.
+struct LinkArgs {
+  uint64_t expected;     // of the peer's flag before the copies; 0 for no wait
+  const LinkCopy* copy;  // on the host
+  int copies;
+  uint64_t sequence;  // of the item: this end's flag after the copies
+  void* stream;
+};
+
+void launch_link(const Link& link, const LinkArgs& args);
+
 // Throws std::runtime_error that names the call; nothing for cudaSuccess.
 void check_cuda(int code, const char* call);
 

@@ -91,7 +91,7 @@ def agree_on_backend(
     Raises:
         ValueError, TypeError: an argument of some rank is wrong, or differs from rank 0's.
     """
-    mine = {"options": options, "host": _host_identity(), "rendezvous": PeerMemory.rendezvous}
+    mine = {"options": options, "host": host_identity(), "rendezvous": PeerMemory.rendezvous}
     mine |= {"error": None, "choice": None}
     world_size = 1 if group is None else dist.get_world_size(group)
     try:
@@ -159,7 +159,7 @@ def _current(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _host_identity() -> str:
+def host_identity() -> str:
     """Names this boot of this host: containers of one host share the boot id, not the host name."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:

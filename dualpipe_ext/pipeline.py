@@ -15,15 +15,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .data_parallel import GradientSync, unwrap
-from .errors import DualPipeError
+from .errors import DualPipeError, PeerTimeoutError
 from .exchange import process_group
 from .overlap import OverlappedPair
 from .pipeline_agreement import Agreement
+from .pipeline_links import Links
 from .pipeline_step import Batch, Step, cut_batch
-from .pipeline_transfers import Links, Transfers
+from .pipeline_transfers import Transfers, incoming_bytes
 from .schedule import Schedule, build_schedule
 
 __all__ = ["Pipeline", "StepResult"]
+
+
+SHAPES = 64  # of inputs, whose edges are kept
 
 
 class StepResult(NamedTuple):
@@ -35,6 +39,16 @@ class StepResult(NamedTuple):
 
     losses: Tensor | None
     outputs: tuple[Tensor, ...]
+
+
+class _Beginning(NamedTuple):
+    """What the ranks tell each other before a step."""
+
+    num_chunks: int
+    forward_only: bool
+    signature: tuple | None  # of a chunk's inputs
+    problem: str | None
+    broken: bool  # the rank leaves: its GPU gave up waiting
 
 
 class Pipeline:
@@ -69,12 +83,17 @@ class Pipeline:
         group: of the pipeline's ranks, R of them; None for one rank without any group. Expert
             groups lie across: the ranks of one hold equal stages of different pipelines.
         device: where activations live; None takes that of the first parameter.
-        timeout: seconds to wait for another rank on the host. Waits of NCCL on the GPU have the
-            limit of its own process group.
+        timeout: seconds to wait for another rank, on the host and on the GPU. Where tensors travel
+            by NCCL its own process group has the limit.
         weight_delay, comm_sms, num_sms: see `OverlappedPair`; the first also says what an I leaves
             for its W.
         recompute: run stages that are no `TransformerStage` again for their backward and keep
             their inputs only; those have an option of their own.
+
+    Attributes:
+        links: what tensors travel in, see `pipeline_links.py`: `links.current.name` of the latest
+            step and `links.reason`. On GPUs a step whose inputs have shapes that none had before
+            goes through the host, which is slow: use few shapes.
 
     Making one is collective over the group, and so is every step.
 
@@ -104,14 +123,18 @@ class Pipeline:
         self.rank, self.num_ranks = self._agreement.rank, self._agreement.world_size
         self._check()
         self.device = self._find_device(device)
-        self._links = Links(self.group, self._agreement, self.device)
+        self.links = Links(self.group, self._agreement, self.device)
         self.pair = OverlappedPair(
             self.device, comm_sms=comm_sms, num_sms=num_sms, weight_delay=weight_delay
         )
         self._schedule: Schedule | None = None
-        self._signatures: list | None = None  # of everybody's inputs, in the step before
+        # Of everybody's inputs, in the step before; the edges that belong to them (`Transfers`);
+        # what all ranks receive with them (`Links.choose`), None while that is learnt.
+        self._signatures: tuple | None = None
         self._edges: dict = {}
-        self._generation = 0
+        self._needs: list[dict[int, int]] | None = None
+        self._learnt: dict[tuple, dict] = {}  # edges by signatures
+        self._generation = 0  # of edges
         self._failure: str | None = None
 
     def step(
@@ -142,6 +165,8 @@ class Pipeline:
                 on the rank it happened; also any error of a stage's own.
             DualPipeError: on all other ranks then, with its text; or a rank went missing.
                 Gradients are in no defined state after either: zero them.
+            PeerTimeoutError: the GPU gave up waiting for another rank, in this step or the one
+                before: its results are wrong. `check` tells after a synchronization.
         """
         if self._failure is not None:
             raise DualPipeError(f"a step before broke off: {self._failure}; make a new Pipeline")
@@ -150,7 +175,7 @@ class Pipeline:
             inputs, labels, criterion, num_chunks, batch_dim, forward_only
         )
         transfers = Transfers(
-            *(schedule, self._links, self._agreement, self._edges, self._generation),
+            *(schedule, self.links.current, self._agreement, self._edges, self._generation),
             forward_only=forward_only,
         )
         step = Step(
@@ -185,9 +210,16 @@ class Pipeline:
         for mine in (0, 1) if self.rank < mirror else (1, 0):
             _sum_with(mirror, unwrap(self.modules[mine]), self.group)
 
+    def check(self) -> None:
+        """Raise PeerTimeoutError if, so far, the GPU has given up waiting for another rank.
+
+        The host runs ahead of the GPU: synchronize first to hear of all that was queued.
+        """
+        self.links.check()
+
     def close(self) -> None:
-        """Let go of the communicators that the pipeline opened (on NCCL); all ranks together."""
-        self._links.close()
+        """Let go of memory and connections that the pipeline opened on GPUs; all ranks together."""
+        self.links.close()
 
     def __repr__(self) -> str:
         return f"Pipeline({self.kind!r}, rank {self.rank}/{self.num_ranks}, {self.device})"
@@ -222,12 +254,14 @@ class Pipeline:
                 )
 
     def _find_device(self, device: torch.device | str | None) -> torch.device:
-        if device is not None:
-            return torch.device(device)
-        for module in self.modules:
-            for parameter in module.parameters():
-                return parameter.device
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            parameters = (p for module in self.modules for p in module.parameters())
+            device = next((p.device for p in parameters), device)
+        found = torch.device(device)
+        if found.type == "cuda" and found.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+        return found
 
     def _begin(
         self, inputs, labels, criterion, num_chunks: int, batch_dim: int, forward_only: bool
@@ -235,6 +269,7 @@ class Pipeline:
         """The schedule and this rank's chunks, once all ranks agree."""
         problem, batch, signature = None, Batch((), ()), None
         try:
+            self.links.check()
             if self._schedule is None or self._schedule.num_chunks != num_chunks:
                 self._schedule = build_schedule(self.kind, self.num_ranks, num_chunks)
             batch = cut_batch(
@@ -242,24 +277,30 @@ class Pipeline:
                 needs_criterion=criterion is None and not forward_only,
             )
             signature = batch.signature()
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, PeerTimeoutError) as error:
             problem = error
-        mine = (num_chunks, forward_only, signature, None if problem is None else str(problem))
+        broken = isinstance(problem, PeerTimeoutError)
+        text = None if problem is None else str(problem)
+        mine = _Beginning(num_chunks, forward_only, signature, text, broken)
+        if broken:  # leave word and go: the rank that did not come may be gone
+            self._failure = text
+            self._agreement.gather("begin the step", mine, wait=False)
+            raise problem
         everybody = self._agreement.gather("begin the step", mine)
         if problem is not None:
             raise problem
         for rank, theirs in enumerate(everybody):
-            if theirs[3] is not None:
-                raise ValueError(f"rank {rank}: {theirs[3]}")
+            if theirs.broken:
+                self._failure = theirs.problem
+                raise DualPipeError(f"rank {rank} of the pipeline failed: {theirs.problem}")
+            if theirs.problem is not None:
+                raise ValueError(f"rank {rank}: {theirs.problem}")
             if theirs[:2] != mine[:2]:
                 raise ValueError(
                     f"(num_chunks, forward only) is {theirs[:2]} on rank {rank}, here {mine[:2]}: "
                     "pass the same on every rank, and use torch.no_grad() on all or none"
                 )
-        signatures = [theirs[2] for theirs in everybody]
-        if signatures != self._signatures:
-            self._forget_shapes()
-            self._signatures = signatures
+        self._recall(tuple(theirs.signature for theirs in everybody))
         return self._schedule, batch
 
     def _end(self, step: Step, transfers: Transfers) -> None:
@@ -278,8 +319,9 @@ class Pipeline:
             raise (failure or error) from error
         failed = [(cause, rank) for rank, (found, cause) in enumerate(everybody) if found]
         if not failed:
+            self._learnt[self._signatures] = self._edges
             return
-        self._forget_shapes()
+        self._learnt.clear()  # not all ranks may have learnt all
         self._signatures = None
         if failure is not None and step.cause == 0:
             raise failure
@@ -288,9 +330,20 @@ class Pipeline:
             f"rank {rank} of the pipeline failed: {everybody[rank][0]}"
         ) from failure
 
-    def _forget_shapes(self) -> None:
-        self._edges = {}
-        self._generation += 1
+    def _recall(self, signatures: tuple) -> None:
+        """Choose edges and links for a step with these inputs; alike on all ranks."""
+        if signatures != self._signatures:
+            self._signatures, self._needs = signatures, None
+            self._edges = self._learnt.get(signatures)
+            if self._edges is None:
+                self._edges = {}
+                self._generation += 1
+        if self._needs is None and signatures in self._learnt:
+            mine = incoming_bytes(self._schedule, self.rank, self._edges)
+            self._needs = self._agreement.gather("tell the sizes of what it receives", mine)
+        while len(self._learnt) > SHAPES:
+            del self._learnt[next(iter(self._learnt))]
+        self.links.choose(self._needs)
 
 
 def _sum_with(other: int, module: nn.Module, group: dist.ProcessGroup) -> None:

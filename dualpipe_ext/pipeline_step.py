@@ -110,8 +110,7 @@ class Step:
                     self.transfers.post(position)
                     self._run(parts)
             if self.failure is not None:
-                for part in parts:
-                    self._skip(part)
+                self._skip(parts)
         with self.watch():
             self.transfers.finish()
 
@@ -246,20 +245,27 @@ class Step:
         else:
             self.transfers.send(*key, tensors)
 
-    def _skip(self, action: Action) -> None:
-        """What others wait for, without what they sent; nothing here may raise."""
-        stage, chunk, direction = _place(action)
-        towards = {"F": (("activation", -1, 1),), "W": ()}.get(action.op, (("gradient", 1, -1),))
-        for tensor, source, target in towards:
-            for other in (stage + source, stage + target):
-                inside = 0 <= other <= self.last
-                if not inside or self.schedule.rank_of(other, direction) == self.rank:
-                    continue
+    def _skip(self, parts: tuple[Action, ...]) -> None:
+        """What others wait for, without what they sent, in an action's order; must not raise."""
+        moves = [  # gradients leave before activations
+            (part, *(("activation", 1) if part.op == "F" else ("gradient", -1)))
+            for part in reversed(parts)
+            if part.op != "W"
+        ]
+        for part, tensor, step in moves:
+            if self._elsewhere(part, -step):
                 with self.watch():
-                    if other == stage + source:
-                        self.transfers.drop(tensor, other, chunk, direction)
-                    else:
-                        self.transfers.send(tensor, stage, chunk, direction, None)
+                    place = (part.stage - step, part.chunk, part.direction)
+                    self.transfers.drop(tensor, *place)
+        for part, tensor, step in moves:
+            if self._elsewhere(part, step):
+                with self.watch():
+                    self.transfers.send(tensor, *_place(part), None)
+
+    def _elsewhere(self, part: Action, step: int) -> bool:
+        """Whether another rank holds the stage before (-1) or after (1) that of `part`."""
+        other = part.stage + step
+        return 0 <= other <= self.last and self.schedule.rank_of(other, part.direction) != self.rank
 
 
 def _place(action: Action) -> tuple[int, int, int]:

@@ -1,92 +1,64 @@
 """Activations and gradients between the ranks of a pipeline, asynchronous and in order.
 
 Between two ranks tensors travel in each way in one order, that in which the source makes them,
-gradient before activation where one pair makes both. Receives are posted one action ahead, so that
-they come in while the action before computes; sends keep their tensors until they have left.
+gradient before activation where one pair makes both. What they travel in says how many actions
+ahead of its use a receive is posted (`pipeline_links.py`); sends keep their tensors until they have
+left.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .errors import DualPipeError
-from .pipeline_agreement import Agreement, seconds
+from .errors import DualPipeError, PeerTimeoutError
+from .pipeline_agreement import Agreement
+from .pipeline_links import AnyLinks, Moving
+from .pipeline_packing import DEAD, Signature, item_parts, pack, travels
 from .schedule import Schedule, Transfer
 
-__all__ = ["Links", "Signature", "Transfers"]
+__all__ = ["Transfers", "incoming_bytes"]
 
-Signature = tuple[tuple[tuple[int, ...], torch.dtype], ...]
-"""Shape and dtype of each tensor that one stage hands to the next."""
 
-DEAD = "dead"  # published instead of a signature by a stage that failed before its first output
-AHEAD = 1  # actions; a posted NCCL receive holds an SM while it waits, so not more
+def incoming_bytes(
+    schedule: Schedule, rank: int, edges: dict[tuple[int, int], Signature]
+) -> dict[int, int]:
+    """Bytes of the largest item that `rank` receives, by source.
+
+    `edges` as in `Transfers`, all that the rank is an end of.
+    """
+    found: dict[int, int] = {}
+    for direction in range(schedule.num_directions):
+        for stage in range(schedule.num_stages - 1):
+            ends = [schedule.rank_of(s, direction) for s in (stage, stage + 1)]
+            if rank not in ends or ends[0] == ends[1]:
+                continue
+            gradient = rank == ends[0]
+            source = ends[1] if gradient else ends[0]
+            nbytes = pack(item_parts(edges[stage, direction], gradient=gradient))[1]
+            found[source] = max(nbytes, found.get(source, 0))
+    return found
 
 
 @dataclass
 class _Incoming:
-    """A tensor, or several of one output, on the way here."""
+    """An item on the way here."""
 
     transfer: Transfer
-    tensors: tuple[Tensor, ...]
-    works: list[dist.Work]
+    signature: Signature
+    moving: Moving
 
-
-class Links:
-    """What tensors travel in: on NCCL a communicator a neighbour and way, else the group.
-
-    NCCL runs what goes through one communicator in one queue: a send would wait behind a receive
-    that was posted ahead, and ranks could block each other in a ring. These are made without
-    `dist.new_group`, which names groups of few ranks by how many a rank has made so far.
-
-    Making one is collective over the group; ranks talk to the rank before and after them only.
-    """
-
-    def __init__(
-        self, group: dist.ProcessGroup | None, agreement: Agreement, device: torch.device
-    ) -> None:
-        self.rank, self.device = agreement.rank, device
-        self._group, self._agreement = group, agreement
-        self._own: dict[tuple[int, int], object] = {}  # by source and target
-        if device.type == "cuda" and agreement.world_size > 1:
-            self._open(_make_nccl)
-
-    def send(self, tensor: Tensor, target: int) -> dist.Work:
-        own = self._own.get((self.rank, target))
-        if own is None:
-            return dist.isend(tensor, group=self._group, group_dst=target)
-        return own.send([tensor], 1, 0)
-
-    def receive(self, tensor: Tensor, source: int) -> dist.Work:
-        own = self._own.get((source, self.rank))
-        if own is None:
-            return dist.irecv(tensor, group=self._group, group_src=source)
-        return own.recv([tensor], 0, 0)
-
-    def close(self) -> None:
-        for link in self._own.values():
-            link.shutdown()
-        self._own = {}
-
-    def _open(self, make: Callable) -> None:
-        """Along the chain, in one order on all ranks, because opening makes the host wait."""
-        token = torch.zeros(1, device=self.device)
-        for low in range(self._agreement.world_size - 1):
-            for source, target in ((low, low + 1), (low + 1, low)):
-                if self.rank == source or self.rank == target:
-                    store = self._agreement.store(f"link/{source}/{target}")
-                    position = int(self.rank == target)  # the source has rank 0, the target rank 1
-                    self._own[source, target] = make(store, position, 2)
-                if self.rank == source:
-                    self.send(token, target).wait()
-                elif self.rank == target:
-                    self.receive(token, source).wait()
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """None for what has no gradient. Once it has been waited for."""
+        gradient, found = self.transfer.tensor == "gradient", iter(self.moving.tensors)
+        return tuple(
+            next(found) if travels(part, gradient=gradient) else None for part in self.signature
+        )
 
 
 class Transfers:
@@ -101,7 +73,7 @@ class Transfers:
     def __init__(
         self,
         schedule: Schedule,
-        links: Links,
+        links: AnyLinks,
         agreement: Agreement,
         edges: dict[tuple[int, int], Signature | str],
         generation: int,
@@ -110,11 +82,11 @@ class Transfers:
     ) -> None:
         self._links, self._agreement = links, agreement
         self._edges, self._generation = edges, generation
-        self.rank = links.rank
+        self.rank = agreement.rank
         self._queues: dict[int, deque[Transfer]] = {}  # to be received, by source
         self._outgoing: dict[tuple, Transfer] = {}
         self._posted: dict[tuple, _Incoming] = {}
-        self._sent: dict[int, deque] = {}  # (transfer, works, tensors), by target
+        self._sent: dict[int, deque[tuple[Transfer, Moving]]] = {}  # by target
         self.broken = False
         for transfer in sorted(schedule.transfers(), key=_wire_order):
             if forward_only and transfer.tensor == "gradient":
@@ -125,9 +97,9 @@ class Transfers:
                 self._outgoing[_key(transfer)] = transfer
 
     def post(self, position: int) -> None:
-        """Post what the actions up to `position` + 1 need, as far as its shape is known."""
+        """Post what the actions up to `position` need, and those as far ahead as the links say."""
         for queue in self._queues.values():
-            self._post(queue, position + AHEAD, wait=False)
+            self._post(queue, position + self._links.ahead, wait=False)
 
     def receive(self, tensor: str, stage: int, chunk: int, direction: int) -> tuple[Tensor, ...]:
         """The tensors that `stage` made, on another rank; `tensor` "activation" or "gradient".
@@ -144,11 +116,12 @@ class Transfers:
         incoming = self._posted.pop(key, None)
         if incoming is None:  # taken off the queue, but never posted
             raise DualPipeError(f"stage {stage} failed on its rank before its first output")
-        self._wait(incoming.works, f"the {tensor} of stage {stage}, chunk {chunk}", incoming)
+        what = f"the {tensor} of stage {stage}, chunk {chunk} from rank {incoming.transfer.source}"
+        self._wait(incoming.moving, what)
         if tensor == "gradient":
             # Whoever sends a gradient had the activation, and all that was sent before it.
             self._release(incoming.transfer.source, ("activation", stage - 1, chunk, direction))
-        return incoming.tensors
+        return incoming.tensors()
 
     def send(
         self, tensor: str, stage: int, chunk: int, direction: int, tensors: Sequence | None
@@ -162,21 +135,16 @@ class Transfers:
         if transfer is None:  # sent before the failure
             return
         signature = self._signature(transfer, tensors)
+        if signature != DEAD and not self.broken:
+            self._poll(transfer.target)
+            item = self._item(transfer, signature, tensors)
+            with self._watch():
+                moving = self._links.send(item, transfer.target)
+            sent = self._sent.setdefault(transfer.target, deque())
+            sent.append((transfer, moving))
+            if self._links.kept is not None and len(sent) > self._links.kept:
+                self._let_go(transfer.target)
         del self._outgoing[_key(transfer)]
-        if signature == DEAD or self.broken:
-            return
-        if tensors is None:
-            tensors = [None] * len(signature)
-        self._poll(transfer.target)
-        works, kept = [], []
-        for (shape, dtype), found in zip(signature, tensors, strict=True):
-            if tensor == "gradient" and not dtype.is_floating_point:
-                continue
-            if found is None:
-                found = torch.zeros(shape, dtype=dtype, device=self._links.device)
-            kept.append(found.contiguous())
-            works.append(self._links.send(kept[-1], transfer.target))
-        self._sent.setdefault(transfer.target, deque()).append((transfer, works, kept))
 
     def drop(self, tensor: str, stage: int, chunk: int, direction: int) -> None:
         """After a failure: let the tensors come in and forget them, so that nobody waits."""
@@ -187,11 +155,16 @@ class Transfers:
                 self.receive(*key)
 
     def finish(self) -> None:
-        """Wait until all that was sent has left (NCCL: make the current stream wait)."""
+        """Wait until all that was sent has left; on GPUs make the current stream wait.
+
+        Raises:
+            DualPipeError: it did not within the timeout, or a wait on the device has given up.
+        """
         for target, sent in self._sent.items():
             while sent and not self.broken:
-                transfer, works, _ = sent.popleft()
-                self._wait(works, f"rank {target} to take the {_name(transfer)}", None)
+                self._let_go(target)
+        with self._watch():
+            self._links.check()
 
     def _post(self, queue: deque[Transfer], position: int, *, wait: bool) -> None:
         last = max((i for i, t in enumerate(queue) if t.needed_by <= position), default=-1)
@@ -199,18 +172,13 @@ class Transfers:
             signature = self._known(queue[0], wait=wait)
             if signature is None:
                 return
-            transfer = queue.popleft()
-            if signature == DEAD or self.broken:
-                continue
-            gradient = transfer.tensor == "gradient"
-            tensors, works = [], []
-            for shape, dtype in signature:
-                if gradient and not dtype.is_floating_point:
-                    tensors.append(None)
-                    continue
-                tensors.append(torch.empty(shape, dtype=dtype, device=self._links.device))
-                works.append(self._links.receive(tensors[-1], transfer.source))
-            self._posted[_key(transfer)] = _Incoming(transfer, tuple(tensors), works)
+            transfer = queue[0]
+            if signature != DEAD and not self.broken:
+                parts = item_parts(signature, gradient=transfer.tensor == "gradient")
+                with self._watch():
+                    moving = self._links.receive(parts, transfer.source)
+                self._posted[_key(transfer)] = _Incoming(transfer, signature, moving)
+            queue.popleft()
 
     def _known(self, transfer: Transfer, *, wait: bool) -> Signature | str | None:
         """What will come; None if not known yet. Only the first activation of an edge is asked."""
@@ -246,42 +214,60 @@ class Transfers:
             )
         return expected
 
-    def _wait(self, works: Sequence[dist.Work], what: str, incoming: _Incoming | None) -> None:
+    def _item(
+        self, transfer: Transfer, signature: Signature, tensors: Sequence[Tensor | None] | None
+    ) -> list[Tensor]:
+        """What travels; zeros for what is None."""
+        found = []
+        for i, part in enumerate(signature):
+            if not travels(part, gradient=transfer.tensor == "gradient"):
+                continue
+            tensor = None if tensors is None else tensors[i]
+            if tensor is None:
+                shape, dtype = part
+                tensor = torch.zeros(shape, dtype=dtype, device=self._links.device)
+            found.append(tensor.contiguous())
+        return found
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        """After a wait on the device that gave up nothing more can be exchanged."""
         try:
-            for work in works:
-                if self._links.device.type == "cuda":
-                    work.wait()  # the stream waits, the host goes on; NCCL's watchdog has the limit
-                else:
-                    work.wait(seconds(self._agreement.timeout))
+            yield
+        except PeerTimeoutError:
+            self.broken = True
+            raise
+
+    def _wait(self, moving: Moving, what: str) -> None:
+        try:
+            moving.wait()
         except RuntimeError as error:
             self.broken = True
-            source = "" if incoming is None else f" from rank {incoming.transfer.source}"
             raise DualPipeError(
-                f"rank {self.rank} waited up to {self._agreement.timeout:g} s for {what}{source}: "
+                f"rank {self.rank} waited up to {self._agreement.timeout:g} s for {what}: "
                 f"that rank died, hangs or left the step; see its log ({error})"
             ) from error
 
     def _release(self, target: int, key: tuple) -> None:
         sent = self._sent.get(target, ())
-        if any(_key(transfer) == key for transfer, _, _ in sent):
-            done = False
-            while not done:
-                transfer, works, _ = sent.popleft()
-                self._wait(works, f"rank {target} to take the {_name(transfer)}", None)
-                done = _key(transfer) == key
+        if any(_key(transfer) == key for transfer, _ in sent):
+            while _key(self._let_go(target)) != key:
+                pass
+
+    def _let_go(self, target: int) -> Transfer:
+        """Wait for the oldest that was sent to `target`."""
+        transfer, moving = self._sent[target].popleft()
+        self._wait(moving, f"rank {target} to take the {_name(transfer)}")
+        return transfer
 
     def _poll(self, target: int) -> None:
         """Let go of what has left meanwhile (Gloo does not know before it is waited for)."""
         sent = self._sent.get(target, ())
-        while sent and all(work.is_completed() for work in sent[0][1]):
+        while sent and sent[0][1].is_completed():
             sent.popleft()
 
     def _name_of(self, edge: tuple[int, int]) -> str:
         return f"signature/{self._generation}/{edge[0]}/{edge[1]}"
-
-
-def _make_nccl(store, rank: int, size: int):
-    return dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
 
 
 def _wire_order(transfer: Transfer) -> tuple:

@@ -321,7 +321,7 @@ def parse_options() -> argparse.Namespace:
     add("--processes", type=int, default=min(gpus, 8) or 4, help="one per GPU where there are any")
     add("--pipeline-ranks", type=int, help="default: 2 where this leaves 2 or more expert ranks")
     add("--chunks", type=int, help="micro-batches of a step; default: 3 a pipeline rank")
-    add("--steps", type=int, default=300 if gpus else 120)
+    add("--steps", type=int, default=200 if gpus else 100)
     add("--batch", type=int, default=24 if gpus else 12, help="sequences per pipeline and step")
     add("--sequence", type=int, default=1024 if gpus else 128, help="bytes in a sequence")
     add("--layers", type=int, default=8 if gpus else 4)

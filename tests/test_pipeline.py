@@ -4,7 +4,6 @@ import copy
 import gc
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 
 import pytest
 import torch
@@ -433,22 +432,3 @@ def test_disagreeing_ranks(gloo_workers_2):
             assert text in found
     found = gloo_workers_2.run(disagree, "absent", timeout=60)
     assert "ranks [1] of the pipeline did not begin the step within 2 s" in found[0]
-
-
-def own_links(rank, group):
-    """What NCCL ranks do, on gloo: a link a neighbour and way, then a step through them."""
-    case = Case("dualpipev", 8)
-    schedule = build_schedule(case.kind, group.size(), case.chunks)
-    modules = [case.build(schedule.num_stages)[stage] for stage in schedule.stages_of(rank)]
-    pipeline = Pipeline(modules, group=group, timeout=60)
-    seconds = timedelta(seconds=60)
-    pipeline._links._open(lambda *place: dist.ProcessGroupGloo(*place, seconds))
-    assert len(pipeline._links._own) == 2 * ((rank > 0) + (rank + 1 < group.size()))
-    passed, options = part_of(case, schedule, rank)
-    losses = pipeline.step(*passed, **options).losses
-    pipeline.close()
-    return [losses], list(zip(schedule.stages_of(rank), map(gradients, modules), strict=True))
-
-
-def test_links_of_their_own(gloo_workers_4):
-    check(Case("dualpipev", 8), 4, gloo_workers_4.run(own_links, timeout=60))
