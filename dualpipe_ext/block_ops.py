@@ -66,7 +66,7 @@ def rms_norm(
     sms = check_num_sms(num_sms)
     flat = x.reshape(-1, x.shape[-1])
     other = None if residual is None else residual.reshape(flat.shape)
-    normed, hidden, _ = torch.ops.dualpipe_ext.rms_norm(flat, other, weight, eps, sms)
+    normed, hidden, _ = _norm(flat, other, weight, eps, sms)
     normed = normed.view(x.shape)
     return normed if residual is None else (normed, hidden.view(x.shape))
 
@@ -155,13 +155,11 @@ def _norm_gradients(ctx, d_normed, d_hidden, _d_rstd):
         d_hidden = None
     if d_normed is None:  # only x + residual was used
         return d_hidden, d_hidden, None, None, None
-    dx, d_weight = torch.ops.dualpipe_ext.rms_norm_backward(
-        d_normed, d_hidden, hidden, weight, rstd, ctx.num_sms
-    )
+    dx, d_weight = _norm_backward(d_normed, d_hidden, hidden, weight, rstd, ctx.num_sms)
     return dx, dx if ctx.has_residual else None, d_weight, None, None
 
 
-define(
+_norm = define(
     "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, int num_sms) "
     "-> (Tensor, Tensor, Tensor)",
     _rms_norm,
@@ -169,7 +167,7 @@ define(
     _norm_gradients,
     _save_norm,
 )
-define(
+_norm_backward = define(
     "rms_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor weight, "
     "Tensor rstd, int num_sms) -> (Tensor, Tensor)",
     _rms_norm_backward,
@@ -232,7 +230,7 @@ def rotary(
     """
     places = _check_rotary(x, cos, sin, positions)
     how = (interleaved, False, check_num_sms(num_sms))
-    return torch.ops.dualpipe_ext.rotary(_four(x), cos, sin, places, *how).view(x.shape)
+    return _turned(_four(x), cos, sin, places, *how).view(x.shape)
 
 
 def rotary_(
@@ -255,7 +253,7 @@ class _RotaryInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, cos, sin, positions, interleaved, num_sms):
-        torch.ops.dualpipe_ext.rotary_(_four(x), cos, sin, positions, interleaved, False, num_sms)
+        _turned_(_four(x), cos, sin, positions, interleaved, False, num_sms)
         ctx.mark_dirty(x)
         ctx.save_for_backward(cos, sin, positions)
         ctx.how = (interleaved, num_sms)
@@ -267,7 +265,7 @@ class _RotaryInPlace(torch.autograd.Function):
         cos, sin, positions = ctx.saved_tensors
         interleaved, num_sms = ctx.how
         arguments = (cos, sin, positions, interleaved, True, num_sms)
-        dx = torch.ops.dualpipe_ext.rotary(_four(dy), *arguments).view(dy.shape)
+        dx = _turned(_four(dy), *arguments).view(dy.shape)
         return dx, None, None, None, None, None
 
 
@@ -373,12 +371,14 @@ def _save_rotary(ctx, inputs, output):
 def _rotary_gradient(ctx, dy):
     cos, sin, positions = ctx.saved_tensors
     how = (ctx.interleaved, not ctx.inverse, ctx.num_sms)
-    dx = torch.ops.dualpipe_ext.rotary(dy, cos, sin, positions, *how)
+    dx = _turned(dy, cos, sin, positions, *how)
     return dx, None, None, None, None, None, None
 
 
 _ROTARY = "Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, int num_sms"
-define(
+_turned = define(
     f"rotary(Tensor x, {_ROTARY}) -> Tensor", _rotary, _rotary_fake, _rotary_gradient, _save_rotary
 )
-define(f"rotary_(Tensor(a!) x, {_ROTARY}) -> ()", _rotary_in_place, lambda *arguments: None)
+_turned_ = define(
+    f"rotary_(Tensor(a!) x, {_ROTARY}) -> ()", _rotary_in_place, lambda *arguments: None
+)

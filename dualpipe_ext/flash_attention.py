@@ -17,6 +17,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .operators import define
+
 __all__ = ["flash_attention", "runs_as_kernels"]
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
@@ -60,7 +62,7 @@ def flash_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, num_sms, implementation)
-    return torch.ops.dualpipe_ext.flash_attention_forward(
+    return _forward_operator(
         q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms or 0, deterministic,
         implementation,
     )[0]  # fmt: skip
@@ -383,36 +385,22 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, d_out, _d_lse):
-    gradients = torch.ops.dualpipe_ext.flash_attention_backward(d_out, *ctx.saved_tensors, *ctx.how)
+    gradients = _backward_operator(d_out, *ctx.saved_tensors, *ctx.how)
     return *gradients, *(None,) * (2 + len(ctx.how))
 
 
-# Library.define and impl cost about 1 us a call, torch.library.custom_op tens.
-_library = torch.library.Library("dualpipe_ext", "FRAGMENT")
 _HOW = "bool causal, float scale, int num_sms, bool deterministic, str implementation"
 _STARTS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
-for _schema, _implementation, _fake in (
-    (
-        f"flash_attention_forward(Tensor q, Tensor k, Tensor v, {_STARTS}, {_HOW}) "
-        "-> (Tensor, Tensor)",
-        _forward,
-        _forward_fake,
-    ),
-    (
-        "flash_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, "
-        f"Tensor lse, {_STARTS}, {_HOW}) -> (Tensor, Tensor, Tensor)",
-        _backward,
-        _backward_fake,
-    ),
-):
-    _library.define(_schema)
-    _name = _schema.partition("(")[0]
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"dualpipe_ext::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "dualpipe_ext::flash_attention_forward",
+_forward_operator = define(
+    f"flash_attention_forward(Tensor q, Tensor k, Tensor v, {_STARTS}, {_HOW}) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
     _autograd_backward,
-    setup_context=_setup_context,
-    lib=_library,
+    _setup_context,
+)
+_backward_operator = define(
+    "flash_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor lse, {_STARTS}, {_HOW}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
 )

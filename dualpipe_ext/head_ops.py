@@ -40,13 +40,13 @@ def split_heads(
     Returns q [B, S, N, D], k and v [B, S, G, D], contiguous; differentiable.
     """
     cos, sin = tables(qkv.shape[1], qkv.shape[3], base, qkv.device)
-    return torch.ops.dualpipe_ext.split_heads(qkv, cos, sin, kv_heads)
+    return _split_heads_operator(qkv, cos, sin, kv_heads)
 
 
 def turn_tail(x: Tensor, width: int, *, base: float = 10_000.0) -> Tensor:
     """x [B, S, N, D] with rotary embedding of each head's last `width` numbers; differentiable."""
     cos, sin = tables(x.shape[1], width, base, x.device)
-    return torch.ops.dualpipe_ext.turn_tail(x, cos, sin, False)
+    return _turn_tail_operator(x, cos, sin, False)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, y: Tensor) -> None:
@@ -86,7 +86,7 @@ def _save_tables(ctx, inputs, output):
 
 
 def _heads_gradient(ctx, dq, dk, dv):
-    return torch.ops.dualpipe_ext.join_heads(dq, dk, dv, *ctx.saved_tensors), None, None, None
+    return _join_heads_operator(dq, dk, dv, *ctx.saved_tensors), None, None, None
 
 
 def _turn_tail(x, cos, sin, inverse):
@@ -97,22 +97,22 @@ def _turn_tail(x, cos, sin, inverse):
 
 
 def _tail_gradient(ctx, dy):
-    return torch.ops.dualpipe_ext.turn_tail(dy, *ctx.saved_tensors, True), None, None, None
+    return _turn_tail_operator(dy, *ctx.saved_tensors, True), None, None, None
 
 
-define(
+_split_heads_operator = define(
     "split_heads(Tensor qkv, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor, Tensor)",
     _split_heads,
     _split_heads_fake,
     _heads_gradient,
     _save_tables,
 )
-define(
+_join_heads_operator = define(
     "join_heads(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor",
     _join_heads,
     _join_heads_fake,
 )
-define(
+_turn_tail_operator = define(
     "turn_tail(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
     _turn_tail,
     lambda x, cos, sin, inverse: x.new_empty(x.shape),

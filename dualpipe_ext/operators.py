@@ -21,23 +21,68 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _library = torch.library.Library("dualpipe_ext", "FRAGMENT")
 
 
+class Operator:
+    """A registered operator, for calls from Python.
+
+    Where nobody needs to see it as an operator (torch.compile, a dispatch mode, a tensor subclass)
+    the implementation runs at once, or as an autograd.Function: torch.library's Python wrapper and
+    two trips through the dispatcher cost more of the host's time than most of these kernels take.
+    """
+
+    def __init__(self, name: str, implementation: Callable) -> None:
+        self._operator = getattr(torch.ops.dualpipe_ext, name)
+        self._implementation = implementation
+        self._function: type[torch.autograd.Function] | None = None
+
+    def set_gradient(self, backward: Callable, setup_context: Callable) -> None:
+        implementation = self._implementation
+
+        def forward(ctx, *inputs):
+            output = implementation(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        methods = {"forward": staticmethod(forward)}
+        methods["backward"] = staticmethod(torch.autograd.function.once_differentiable(backward))
+        self._function = type(self._operator.__name__, (torch.autograd.Function,), methods)
+
+    def __call__(self, *inputs):
+        if torch.compiler.is_compiling() or _is_observed(inputs):
+            return self._operator(*inputs)
+        if self._function is not None and torch.is_grad_enabled():
+            for x in inputs:
+                if isinstance(x, torch.Tensor) and x.requires_grad:
+                    return self._function.apply(*inputs)
+        return self._implementation(*inputs)
+
+
+def _is_observed(inputs: tuple) -> bool:
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return True
+    plain = (torch.Tensor, torch.nn.Parameter)
+    return any(isinstance(x, torch.Tensor) and type(x) not in plain for x in inputs)
+
+
 def define(
     schema: str,
     implementation: Callable,
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
-) -> None:
+) -> Operator:
     """Registers ``dualpipe_ext::<schema>`` for CPU and CUDA, with its gradient if it has one."""
     _library.define(schema)
     name = schema.partition("(")[0]
     for key in ("CPU", "CUDA"):
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"dualpipe_ext::{name}", fake, lib=_library)
+    operator = Operator(name, implementation)
     if backward is not None:
         torch.library.register_autograd(
             f"dualpipe_ext::{name}", backward, setup_context=setup_context, lib=_library
         )
+        operator.set_gradient(backward, setup_context)
+    return operator
 
 
 @cache

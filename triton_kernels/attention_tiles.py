@@ -8,6 +8,8 @@ counter in memory, so that a program that starts late, on an SM that communicati
 is left. One warp draws and loads, two warpgroups compute. Sizes are read at run time.
 """
 
+from functools import cache
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -227,7 +229,12 @@ def shared_layout(block: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """The layout in shared memory that TMA writes and wgmma reads: swizzled by up to 128 bytes."""
     bits = dtype.itemsize * 8
     width = min(128, block[-1] * bits // 8) if len(block) > 1 else 0
-    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=len(block))
+    return _swizzled(width, bits, len(block))
+
+
+@cache  # making one checks its fields for 6 us
+def _swizzled(width: int, bits: int, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
 
 
 def heads_side_by_side(rows: int, bytes_a_row: int, heads: int, share: int) -> int:
