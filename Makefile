@@ -17,8 +17,8 @@ stale := $(if $(filter $(asked),$(shell cat build/asked 2>/dev/null)),,FORCE)
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: extension ## train a small MoE transformer, on all GPUs or on 4 CPU processes
-	$(RUN) python examples/train_moe.py $(ARGS)
+demo: extension ## train a small MoE transformer with DualPipeV, on all GPUs or 4 CPU processes
+	$(RUN) python examples/train_pipeline.py $(ARGS)
 
 test: extension ## every test that this machine can run
 	$(RUN) python -m pytest $(ARGS)
