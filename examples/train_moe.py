@@ -1,6 +1,6 @@
 """Trains a small byte-level MoE transformer on the sources of Python's standard library.
 
-    python examples/train_moe.py [--steps N] [--hidden H] [--experts E] ...      (or: make demo)
+    python examples/train_moe.py [--steps N] [--hidden H] [--experts E] ...
 
 It starts one process per GPU, or four gloo processes where there is no GPU. Every process reads
 its own batches (data parallel) and owns a share of each layer's experts (expert parallel): tokens
