@@ -25,7 +25,13 @@ import dualpipe_ext.cross_entropy  # registers its operators
 import dualpipe_ext.fused_router  # noqa: F401, likewise
 from dualpipe_ext.block_ops import rotary_tables
 from dualpipe_ext.router import Router
-from dualpipe_ext.triton_kernels import cross_entropy, norm, rotary, router, router_backward
+from dualpipe_ext.triton_kernels import (
+    cross_entropy,
+    norm,
+    rotary,
+    router_backward_hopper,
+    router_hopper,
+)
 
 ops = torch.ops.dualpipe_ext
 
@@ -180,40 +186,31 @@ def measure(timed: dict[str, Timed], copy: Timed, rounds: int) -> list[dict]:
 
 def changes() -> dict[str, list[tuple[object, dict]]]:
     """What to try by kind: names of a module, or entries of a table, and their values."""
-    forward, backward = router.CONFIGS[64], router_backward.CONFIGS[64]
+    there, back = router_hopper.CONFIGS, router_backward_hopper.CONFIGS
+    forward, backward = there[64], back[64]
     return {
         "norm": [
-            (norm, dict(MAX_STAGES=2)),
             (norm, dict(MAX_STAGES=3)),
             (norm, dict(MAX_STAGES=5, SHARED=200 * 1024)),
             (norm, dict(SEGMENTS=132)),
-            (norm, dict(SEGMENTS=528)),
         ],
         "rotary": [
-            (rotary, dict(TILE=32768)),
-            (rotary, dict(WARPS=16)),
-            (rotary, dict(TILE=32768, WARPS=16)),
+            (rotary, dict(VECTORS=4)),
+            (rotary, dict(VECTORS=4, WARPS=16)),
         ],
         "cross_entropy": [
             (cross_entropy, dict(LANES=1024, VECTORS=4)),
-            (cross_entropy, dict(LANES=256, VECTORS=16)),
-            (cross_entropy, dict(MAX_STAGES=2)),
-            (cross_entropy, dict(BLOCK=16384)),
-            (cross_entropy, dict(BLOCK=4096, BLOCK_WARPS=8, BLOCK_STAGES=6)),
+            (cross_entropy, dict(ROW=0)),
+            (cross_entropy, dict(MAX_STAGES=3)),
+            (cross_entropy, dict(KEEP=False)),
         ],
         "router": [
-            (router.CONFIGS, {64: replace(forward, stages=5)}),
-            (router.CONFIGS, {64: replace(forward, stages=3)}),
-            (router.CONFIGS, {64: replace(forward, block_m=256, stages=3)}),
-            (router.CONFIGS, {64: replace(forward, block_k=128, stages=2)}),
-            (router, dict(EVEN=64)),
-            (router, dict(EVEN=256)),
-            (router_backward.CONFIGS, {64: replace(backward, stages=3)}),
-            (router_backward.CONFIGS, {64: replace(backward, block_n=64, stages=5)}),
-            (
-                router_backward.CONFIGS,
-                {64: replace(backward, block_t=128, stages=2, warps=8)},
-            ),
+            (there, {64: replace(forward, stages=3)}),
+            (there, {64: replace(forward, weight_stages=2)}),
+            (there, {64: replace(forward, stages=5, weight_stages=2)}),
+            (back, {64: replace(backward, stages=3)}),
+            (back, {64: replace(backward, stages=5)}),
+            (back, {64: replace(backward, dx_stages=1)}),
         ],
     }
 

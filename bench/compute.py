@@ -2,10 +2,12 @@
 
     python3 bench/compute.py [--json FILE] [--num-sms N ...] [--uneven] [--sweep [KERNEL ...]]
 
-Variants are interleaved, a round each in turn, and medians compared: absolute times drift, ratios
-hold. Inputs rotate through sets larger than L2. A delay in front of every round lets the host queue
-it whole, so that device events see the kernels and not the launches. Several `--num-sms` print the
-fair share of the first: speed(n) / (speed(first) * n / first).
+Variants are interleaved, a round each in another order, and medians compared: absolute times
+drift, ratios hold. Inputs rotate through sets larger than L2. A delay in front of every round lets
+the host queue it whole, so that device events see the kernels and not the launches. Several
+`--num-sms` print the fair share of the first: speed(n) / (speed(first) * n / first). `--sweep`
+compares what the tables in the code (tiles.py, grouped_hopper.py, grouped_wgrad_hopper.py) choose
+from.
 """
 
 import argparse
@@ -24,10 +26,11 @@ import triton
 from dualpipe_ext.grouped_mlp import mlp_forward
 from dualpipe_ext.triton_kernels import grouped_hopper, grouped_wgrad_hopper, tiles
 from dualpipe_ext.triton_kernels.grouped_gemm import grouped_gemm
+from dualpipe_ext.triton_kernels.grouped_hopper import LONG_STEPS, SHORT_STEPS, HopperConfig
 from dualpipe_ext.triton_kernels.grouped_swiglu import grouped_gate_up, grouped_swiglu_backward
 from dualpipe_ext.triton_kernels.grouped_wgrad import grouped_wgrad
-from dualpipe_ext.triton_kernels.grouped_wgrad_hopper import HopperConfig
-from dualpipe_ext.triton_kernels.tiles import TileConfig
+from dualpipe_ext.triton_kernels.grouped_wgrad_hopper import WgradConfig
+from dualpipe_ext.triton_kernels.tiles import TileConfig, is_hopper
 
 ROUNDS = 15
 SETS = 2
@@ -149,7 +152,7 @@ def interleaved_medians(variants: dict[str, Callable[[int], object]], rounds: in
     for i in range(rounds):
         torch.cuda._sleep(4_000_000 + 400_000 * len(variants))  # about 2 ms, and 200 us a variant
         events = []
-        for name, variant in variants.items():
+        for name, variant in random.Random(i).sample(list(variants.items()), len(variants)):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             variant(i % SETS)
@@ -183,16 +186,19 @@ def check(problem: Problem, gemm: str) -> float:
     return relative_error(got, want)
 
 
-def alternatives(gemm: str) -> dict[str, dict]:
-    """What else than the default there is, as keyword arguments by name."""
-    if gemm in ("dw13", "dw2"):
+def alternatives(gemm: str, uneven: bool) -> dict[str, dict]:
+    """What else than the default a Hopper GPU has, as keyword arguments by name."""
+    if not is_hopper(torch.device("cuda", 0)):
         return {}
-    config = grouped_hopper.HopperConfig
-    triton_config = {"d_gate_up": tiles.SWIGLU_BACKWARD, "gate_up": tiles.GATE_UP}
-    configs = {"Triton": triton_config.get(gemm, tiles.GEMM)}
-    configs |= {"Gluon": config(), "Gluon, drawn": config(dynamic=True)}
-    configs["Gluon, short steps"] = config(block_k=32, stages=6)
-    return {f"ours, {name}": {"config": config} for name, config in configs.items()}
+    if gemm in ("dw13", "dw2"):
+        return {} if uneven else {"ours, Triton": {"config": tiles.WGRAD}}
+    found = {"ours, take over": {"take_over": True}}
+    if not uneven:
+        plain = {"d_gate_up": tiles.SWIGLU_BACKWARD, "gate_up": tiles.GATE_UP}
+        found["ours, Triton"] = {"config": plain.get(gemm, tiles.GEMM)}
+        found["ours, long steps"] = {"config": LONG_STEPS}
+        found["ours, short steps"] = {"config": SHORT_STEPS}
+    return found
 
 
 def measure(shape: Shape, num_sms: list[int], rounds: int) -> list[dict]:
@@ -205,7 +211,9 @@ def measure(shape: Shape, num_sms: list[int], rounds: int) -> list[dict]:
             "ours": lambda i, gemm=gemm: sets[i].ours(gemm),
             "torch": lambda i, gemm=gemm: sets[i].torch(gemm),
         }
-        options = {f"ours, {n} SMs": {"num_sms": n} for n in num_sms[1:]} or alternatives(gemm)
+        options = {f"ours, {n} SMs": {"num_sms": n} for n in num_sms[1:]} or alternatives(
+            gemm, shape.uneven
+        )
         for name, how in options.items():
             variants[name] = lambda i, g=gemm, how=how: sets[i].ours(g, **how)
         if gemm in ("dw13", "dw2"):
@@ -273,7 +281,18 @@ def row(shape, gemm, variant, us, torch_us, flops, error) -> dict:
 def candidates(kernel: str) -> list[dict]:
     """Keyword arguments to try, the default first. All compile for sm_90 without spills."""
     if kernel.endswith("main_grad"):
-        return [{"config": config} for config in main_grad_candidates()]
+        found = main_grad_candidates()
+    elif not is_hopper(torch.device("cuda", 0)):
+        found = triton_candidates(kernel)
+    elif kernel in ("dw13", "dw2"):
+        found = [*triton_candidates(kernel), grouped_wgrad_hopper.BF16]
+    else:
+        steps = (LONG_STEPS, SHORT_STEPS)
+        found = [replace(config, group_m=m) for m in (16, 8, 4, 32) for config in steps]
+    return [{"config": config} for config in found]
+
+
+def triton_candidates(kernel: str) -> list[TileConfig]:
     base = {
         "gate_up": tiles.GATE_UP,
         "down": tiles.GEMM,
@@ -282,58 +301,42 @@ def candidates(kernel: str) -> list[dict]:
         "dw13": tiles.WGRAD,
         "dw2": tiles.WGRAD,
     }[kernel]
-    wide, narrow = {"block_n": 256}, {"block_n": 128}
     changes = [
         {},
         {"group_m": 4},
         {"group_m": 8},
         {"group_m": 32},
-        wide | {"flatten": False},
-        wide | {"stages": 3, "split": 1},
-        wide | {"stages": 2, "split": 2, "block_k": 128},
+        {"flatten": False},
+        {"stages": 3, "split": 1},
+        {"stages": 2, "split": 2, "block_k": 128},
     ]
     if kernel == "gate_up":
-        changes += [wide | {"stages": 4, "split": 1}, {"split": 4}]
+        changes += [{"stages": 4, "split": 1}, {"split": 4}]
     elif kernel == "d_gate_up":
+        narrow = {"block_n": 128, "stages": 5, "split": 2}
         changes = [c for c in changes if "stages" not in c]
-        changes += [
-            narrow | {"stages": 5, "split": 2},
-            narrow | {"stages": 5, "split": 2, "flatten": False},
-            narrow | {"stages": 4, "split": 1, "flatten": False},
-        ]
+        changes += [narrow, narrow | {"flatten": False}]
     else:
-        changes += [{"split": 4}, narrow | {"stages": 5, "split": 1}]
+        changes += [{"split": 4}, {"block_n": 128, "stages": 5, "split": 1}]
     if kernel in ("dw13", "dw2"):
         changes = [c for c in changes if "group_m" not in c and "flatten" not in c]
-    configs = [{"config": replace(base, **change)} for change in changes]
-    if kernel == "gate_up":
-        configs += [{"config": base, "two_dots": True}]
-    if kernel in ("dw13", "dw2"):
-        configs += [{"config": grouped_wgrad_hopper.HOPPER_BF16}]
-    return configs
+    return [replace(base, **change) for change in changes]
 
 
-def main_grad_candidates() -> list[HopperConfig | TileConfig]:
-    base = grouped_wgrad_hopper.HOPPER_ACCUMULATE
-    changes = [
+def main_grad_candidates() -> list[WgradConfig]:
+    shapes = (
         {},
-        {"prefetch": False},
-        {"tall": False},
-        {"strip": 32, "buffers": 4},
-        {"block_k": 32, "stages": 6, "strip": 32, "buffers": 4},
-        {"stages": 4, "strip": 32, "load": False},
-        {"stages": 4, "strip": 32, "load": False, "prefetch": False},
-    ]
-    return [*(replace(base, **change) for change in changes), tiles.WGRAD_ACCUMULATE]
+        {"stages": 3, "buffers": 4},
+        {"stages": 3, "strip": 64},
+        {"block_k": 32, "buffers": 8},
+        {"block_k": 32, "stages": 6, "buffers": 4},
+    )
+    base = grouped_wgrad_hopper.MAIN_GRAD
+    return [replace(base, prefetch=p, **shape) for shape in shapes for p in (False, True)]
 
 
-def describe(how: dict) -> str:
-    config = how["config"]
-    if not isinstance(config, TileConfig):
-        return " ".join(f"{name} {value}" for name, value in asdict(config).items())
-    text = f"n{config.block_n} k{config.block_k} stages {config.stages} split {config.split} "
-    text += f"group {config.group_m}" + ("" if config.flatten else " unflattened")
-    return text + (" two dots" if how.get("two_dots") else "")
+def describe(config: TileConfig | HopperConfig | WgradConfig) -> str:
+    return " ".join(f"{name} {value}" for name, value in asdict(config).items())
 
 
 def sweep(kernels: list[str], num_sms: int, rounds: int) -> list[dict]:
@@ -356,7 +359,7 @@ def sweep_kernel(shape: Shape, kernel: str, sets: list[Problem], rounds: int) ->
         shared["main_grad"] = main_grad
         variants["torch and add_"] = lambda i: main_grad.add_(sets[i].torch(gemm))
     for how in candidates(kernel):
-        name = describe(how)
+        name = describe(how["config"])
         try:
             if shared:
                 main_grad.zero_()
@@ -458,8 +461,9 @@ def main() -> None:
     if arguments.json:
         configs = {
             name: asdict(value)
-            for name, value in (vars(tiles) | vars(grouped_wgrad_hopper)).items()
-            if isinstance(value, TileConfig | HopperConfig)
+            for module in (tiles, grouped_hopper, grouped_wgrad_hopper)
+            for name, value in vars(module).items()
+            if isinstance(value, TileConfig | HopperConfig | WgradConfig)
         }
         with open(arguments.json, "w") as file:
             json.dump({"environment": facts, "configs": configs, "results": rows}, file, indent=1)

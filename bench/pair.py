@@ -119,7 +119,7 @@ class Workload:
         self.total_sms = 0
         if self.device.type == "cuda":
             self.total_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.keep_all_sms = args.mlp_sms == "all"
+        self.keep_all_sms = args.mlp_sms != "rest"
         like = {"dtype": self.dtype, "device": self.device}
         exchanges = {}
         for form in args.forms:  # opening is collective: one order on all ranks
@@ -145,7 +145,8 @@ class Workload:
         sequence = min(SEQUENCE, tokens)
         self.inputs = [self._random(tokens // sequence, sequence, hidden) for _ in range(2)]
         self.gradient = self._random(tokens // sequence, sequence, hidden)
-        self.pairs = {d: OverlappedPair(self.device, weight_delay=d) for d in WEIGHT_DELAYS}
+        how = {"take_over": args.mlp_sms == "take-over"}
+        self.pairs = {d: OverlappedPair(self.device, weight_delay=d, **how) for d in WEIGHT_DELAYS}
         self._count = 0
         self.forms = {form: self._open(exchange) for form, exchange in exchanges.items()}
 
@@ -432,7 +433,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     add("--weight-delay", nargs="+", choices=WEIGHT_DELAYS, default=["all", "experts", "off"],
         help="the first with every split, the others with the fastest (%(default)s)")  # fmt: skip
-    add("--mlp-sms", choices=["rest", "all"], default="rest", help="SMs of GEMMs in a pair")
+    add("--mlp-sms", choices=["rest", "all", "take-over"], default="rest",
+        help="SMs of GEMMs in a pair; take-over: all, tiles drawn from a counter")  # fmt: skip
     add("--layers", type=int, default=2, help="blocks of the stage (%(default)s)")
     add("--repeats", type=int, default=5, help="timings of each variant (%(default)s)")
     add("--ranks", type=int, help="GPUs to use (all)")

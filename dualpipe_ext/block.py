@@ -231,20 +231,21 @@ class BlockChunk:
         self._m = self._topk_weight = self._topk_idx = None
         return found
 
-    def mlp(self, num_sms: int | None = None) -> tuple[Tensor, ...]:
+    def mlp(self, num_sms: int | None = None, take_over: bool = False) -> tuple[Tensor, ...]:
+        """`num_sms` and `take_over` are `grouped_mlp`'s, of our experts."""
         if self._received is not None:
             self._rows, self._row_weight = self.exchange.expand(self._received, self._plan)
             self._received = None
-        self._mlp_forward(num_sms)
+        self._mlp_forward(num_sms, take_over)
         if self._unique:
             self.exchange.sum_rows(self._out.detach(), self._plan, channel=self._channel)
         return (self._out,)
 
-    def _mlp_forward(self, num_sms: int | None) -> None:
+    def _mlp_forward(self, num_sms: int | None, take_over: bool) -> None:
         self._dtype = self._rows.dtype
         recompute = "mlp" in self.block.recompute
         if self._explicit:
-            self._run_experts(num_sms, recompute)
+            self._run_experts(num_sms, take_over, recompute)
             return
         function = self.block.feed_forward if self._moe is None else self._moe.experts
         inputs = (self._rows,)
@@ -285,33 +286,34 @@ class BlockChunk:
         return (self._d_out,)
 
     @torch.no_grad()
-    def mlp_backward(self, num_sms: int | None = None) -> tuple[Tensor, ...]:
+    def mlp_backward(
+        self, num_sms: int | None = None, take_over: bool = False
+    ) -> tuple[Tensor, ...]:
         """Gradients of rows and row_weight; those of the weights wait for the next method."""
         if self._received is not None:
             self._d_out = self.exchange.expand(self._received, self._plan)
             self._received = None
-        self._mlp_backward_input(num_sms)
+        self._mlp_backward_input(num_sms, take_over)
         if self._unique:
             self.exchange.sum_rows(
                 self._d_rows, self._plan, row_weight=self._d_weight, channel="backward"
             )
         return tuple(d for d in (self._d_rows, self._d_weight) if d is not None)
 
-    def _mlp_backward_input(self, num_sms: int | None) -> None:
+    def _mlp_backward_input(self, num_sms: int | None, take_over: bool) -> None:
         if not self._explicit:
             self._d_rows, *rest = self._mlp.backward_input(self._d_out)
             self._d_weight = rest[0] if rest else None
             self._d_out = None
             return
         if self._saved is None:
-            self._run_experts(num_sms, recompute=False)
+            self._run_experts(num_sms, take_over, recompute=False)
             self._out = None
         saved, d_out, moe = self._saved, self._d_out, self._moe
-        self._d_rows, self._d_weight = mlp_dgrad(d_out, saved, num_sms=num_sms)
+        how = {"num_sms": num_sms, "take_over": take_over or None}
+        self._d_rows, self._d_weight = mlp_dgrad(d_out, saved, **how)
         if moe.w13.requires_grad or moe.w2.requires_grad:
-            self._mlp_weights.add(
-                (moe.w13, moe.w2), lambda: mlp_wgrad(d_out, saved, num_sms=num_sms)
-            )
+            self._mlp_weights.add((moe.w13, moe.w2), lambda: mlp_wgrad(d_out, saved, **how))
         self._saved = self._rows = self._row_weight = self._d_out = None
 
     def mlp_backward_weight(self) -> None:
@@ -353,7 +355,7 @@ class BlockChunk:
     def attention_backward_weight(self) -> None:
         self._attention.backward_weight()
 
-    def _run_experts(self, num_sms: int | None, recompute: bool) -> None:
+    def _run_experts(self, num_sms: int | None, take_over: bool, recompute: bool) -> None:
         """Our MLP on the dispatched rows; sets `_out` and, with `grad`, what the backward needs."""
         moe, rows = self._moe, self._rows
         num_sms = moe.num_sms if num_sms is None else num_sms
@@ -361,9 +363,10 @@ class BlockChunk:
         with torch.no_grad():
             w13, w2 = moe.w13.to(rows.dtype), moe.w2.to(rows.dtype)  # themselves, but for autocast
             inputs = (rows, self._row_weight, w13, w2, self._plan.expert_offsets)
+            how = {"num_sms": num_sms, "take_over": take_over, "precision": moe.precision}
             if self._grad and not recompute:
-                self._out, self._saved = mlp_forward(*inputs, num_sms=num_sms)
+                self._out, self._saved = mlp_forward(*inputs, **how)
                 return
-            self._out = grouped_mlp(*inputs, num_sms=num_sms)
+            self._out = grouped_mlp(*inputs, **how)
         if not self._grad:
             self._rows = self._row_weight = None

@@ -3,11 +3,14 @@
 Letters: T tokens, H hidden, E experts, K experts a token, G groups.
 
 Softmax scores without a bias, sigmoid scores with one; their meaning is `router.Router`'s. On a GPU
-one Triton kernel forward and two backward, within `num_sms` SMs, counted at run time; elsewhere
-plain torch. Results have the same bits in every run and for every `num_sms`.
+one or two kernels each way, within `num_sms` SMs, counted at run time: for bf16 and at most 256
+experts on Hopper the products are in Gluon, else all is in Triton; elsewhere plain torch. Results
+have the same bits in every run and for every `num_sms`.
 """
 
 from __future__ import annotations
+
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +19,46 @@ from torch import Tensor
 from .operators import check_num_sms, define, sm_count, use_triton
 from .router import count_tokens, select_experts
 
-__all__ = ["fits", "route"]
+__all__ = ["fits", "fits_hopper", "route"]
 
 MAX_TOPK = 32
+FEW_EXPERTS = 64  # beyond, Hopper's forward is slower: 236 against 136 us for 128 experts (H200)
 
 
 def fits(x: Tensor, weight: Tensor, topk: int, n_groups: int) -> bool:
     """Whether the kernels take x [T, H] and weight [E, H]."""
     if not use_triton(x, weight, tma=True) or x.shape[0] == 0:
         return False
-    from .triton_kernels.router import MAX_COLUMNS, columns_of
+    from .triton_kernels.router_tiles import MAX_COLUMNS, columns_of
 
     groups, size = columns_of(weight.shape[0], n_groups)
     return x.shape[1] % 8 == 0 and topk <= MAX_TOPK and groups * size <= MAX_COLUMNS
+
+
+def fits_hopper(x: Tensor, weight: Tensor, topk: int, n_groups: int) -> bool:
+    """Whether those do that are only for Hopper, bf16 and at most 256 experts."""
+    if not x.is_cuda or x.dtype != torch.bfloat16 or x.shape[0] == 0:
+        return False
+    from .triton_kernels.router_tiles import fits_hopper
+
+    T, H = x.shape
+    sizes = H % 8 == 0 and topk <= MAX_TOPK and fits_hopper(T, weight.shape[0], n_groups)
+    return sizes and _runs_gluon(x.device)
+
+
+@torch.compiler.assume_constant_result
+def _runs_gluon(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9 and _has_gluon()
+
+
+@cache
+def _has_gluon() -> bool:
+    try:
+        import triton
+        from triton.experimental import gluon  # noqa: F401
+    except ImportError:
+        return False
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
 
 def route(
@@ -73,9 +103,7 @@ def route(
             f"1 <= topk <= {E}, a divisor of {E}, and 1 <= topk_groups <= n_groups"
         )
     how = (topk, renormalize, n_groups, topk_groups, route_scale, check_num_sms(num_sms))
-    topk_weight, probability_sum, topk_idx, count, _ = torch.ops.dualpipe_ext.route(
-        x, weight, bias, *how
-    )
+    topk_weight, probability_sum, topk_idx, count, _ = _route(x, weight, bias, *how)
     return topk_idx, topk_weight, probability_sum, count
 
 
@@ -86,9 +114,8 @@ def _forward(
     x, weight, bias, topk, renormalize, n_groups, topk_groups, route_scale, num_sms
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if fits(x, weight, topk, n_groups):
-        from .triton_kernels import router as kernels
-
-        topk_idx, topk_weight, logits, sums = kernels.route(
+        kernel = _kernel(x, weight, topk, n_groups)
+        topk_idx, topk_weight, logits, probability_sum, count = kernel(
             _aligned(x),
             _aligned(weight),
             bias,
@@ -98,9 +125,8 @@ def _forward(
             topk_groups=topk_groups,
             route_scale=route_scale,
             num_sms=sm_count(x, num_sms),
-            part=_part(x),
         )
-        return topk_weight, sums[0].float(), topk_idx, sums[1].long(), logits
+        return topk_weight, probability_sum, topk_idx, count, logits
     logits = F.linear(x.float(), weight)
     scores, probability = _scores(logits, bias is None)
     ranking = logits if bias is None else scores  # the same order, without ties from underflow
@@ -110,6 +136,23 @@ def _forward(
         topk_weight = topk_weight / (topk_weight.sum(dim=1, keepdim=True) + 1e-20)
     count = count_tokens(topk_idx, weight.shape[0])
     return topk_weight * route_scale, probability.sum(dim=0), topk_idx.int(), count, logits
+
+
+def _kernel(x: Tensor, weight: Tensor, topk: int, n_groups: int):
+    if fits_hopper(x, weight, topk, n_groups) and weight.shape[0] <= FEW_EXPERTS:
+        return _route_hopper
+    from .triton_kernels.router import route
+
+    return partial(route, part=_part(x))
+
+
+def _route_hopper(x, weight, bias, *, n_groups, num_sms, **how):
+    from .triton_kernels.router_choice import choose
+    from .triton_kernels.router_hopper import logits_hopper
+
+    parts = logits_hopper(x, weight, n_groups=n_groups, num_sms=num_sms)
+    how |= dict(n_groups=n_groups, num_sms=num_sms)
+    return choose(parts, bias, num_experts=weight.shape[0], **how)
 
 
 def _scores(logits: Tensor, softmax: bool) -> tuple[Tensor, Tensor]:
@@ -172,6 +215,7 @@ def _backward(
             renormalize=renormalize,
             route_scale=route_scale,
             num_sms=sm_count(x, num_sms),
+            hopper=fits_hopper(x, weight, topk_idx.shape[1], n_groups),
             part=_part(x),
         )
     scores, probability = _scores(logits, softmax)
@@ -206,13 +250,11 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, d_topk_weight, d_probability_sum, _d_idx, _d_count, _d_logits):
     how = (ctx.softmax, ctx.renormalize, ctx.n_groups, ctx.route_scale, ctx.num_sms)
-    dx, d_weight = torch.ops.dualpipe_ext.route_backward(
-        d_topk_weight, d_probability_sum, *ctx.saved_tensors, *how
-    )
+    dx, d_weight = _route_backward(d_topk_weight, d_probability_sum, *ctx.saved_tensors, *how)
     return dx, d_weight, *(None,) * 7
 
 
-define(
+_route = define(
     "route(Tensor x, Tensor weight, Tensor? bias, int topk, bool renormalize, int n_groups, "
     "int topk_groups, float route_scale, int num_sms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
@@ -220,7 +262,7 @@ define(
     _gradients,
     _save,
 )
-define(
+_route_backward = define(
     "route_backward(Tensor d_topk_weight, Tensor d_probability_sum, Tensor x, Tensor weight, "
     "Tensor logits, Tensor topk_idx, bool softmax, bool renormalize, int n_groups, "
     "float route_scale, int num_sms) -> (Tensor, Tensor)",

@@ -16,10 +16,14 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
 from .routing import ROW_ALIGNMENT
+
+if TYPE_CHECKING:
+    from .grouped_fp8 import Fp8Saved
 
 __all__ = ["MLPSaved", "grouped_mlp", "mlp_dgrad", "mlp_forward", "mlp_wgrad"]
 
@@ -34,7 +38,9 @@ def grouped_mlp(
     expert_offsets: torch.Tensor,
     *,
     num_sms: int | None = None,
+    take_over: bool = False,
     implementation: str = "auto",
+    precision: str = "bf16",
 ) -> torch.Tensor:
     """SwiGLU MLP of each expert on its rows; differentiable in rows, row_weight, w13 and w2.
 
@@ -44,8 +50,15 @@ def grouped_mlp(
     expert_offsets  [L + 1] int32 on the device of rows: first row of each expert, multiples of 128,
                     last <= R. The host does not read it on the Triton path.
     num_sms         SMs that the kernels may take, at run time; None takes all
+    take_over       for kernels that start beside communication: programs draw their tiles instead
+                    of having equal shares, so that one which starts late, on an SM that
+                    communication held, takes what is left. Leave num_sms out: programs wait for
+                    all SMs, and where none comes free nothing waits for them. The same bits.
+                    (Hopper and bf16 or fp16; other kernels have equal shares.)
     implementation  "triton", "reference", or "auto": Triton for bf16 on a Hopper GPU, else the
                     reference
+    precision       "bf16": products of the tensors as they are. "fp8": all but the weights'
+                    gradients multiply e4m3 numbers, see grouped_fp8.py; H and I multiples of 128
 
     Returns out [R, H]. Rows past expert_offsets[-1] are neither read nor written: there, out holds
     whatever was in memory.
@@ -58,24 +71,32 @@ def grouped_mlp(
     _check(rows, row_weight, w13, w2, expert_offsets, num_sms, implementation)
     tensors = (rows, row_weight, w13, w2)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if _is_fp8(precision):
+        from .grouped_fp8 import check_fp8, forward
+
+        check_fp8(rows, None, w13, w2)
+        how = (save, num_sms or 0, implementation, take_over)
+        return forward(rows, None, row_weight, w13, w2, expert_offsets, *how)[0]
     forward = torch.ops.dualpipe_ext.grouped_mlp_forward
-    return forward(*tensors, expert_offsets, save, num_sms or 0, implementation)[0]
+    return forward(*tensors, expert_offsets, save, num_sms or 0, implementation, take_over)[0]
 
 
 @dataclass
 class MLPSaved:
     """What the backward of one forward needs. mlp_dgrad replaces `gate_up` by `d_gate_up`."""
 
-    rows: torch.Tensor  # [R, H]
+    rows: torch.Tensor  # [R, H], e4m3 if they came so
     row_weight: torch.Tensor  # [R]
     w13: torch.Tensor  # [L, 2I, H]
     w2: torch.Tensor  # [L, H, I]
     expert_offsets: torch.Tensor  # [L + 1] int32
-    act: torch.Tensor  # [R, I]
+    act: torch.Tensor | None  # [R, I]; of fp8, once mlp_dgrad has run
     gate_up: torch.Tensor | None  # [R, 2I] before SwiGLU
     d_gate_up: torch.Tensor | None  # [R, 2I] its gradient, once mlp_dgrad has run
     num_sms: int  # 0 = all
     implementation: str
+    fp8: "Fp8Saved | None" = None  # of precision="fp8"
+    take_over: bool = False
 
 
 @torch.no_grad()
@@ -87,70 +108,111 @@ def mlp_forward(
     expert_offsets: torch.Tensor,
     *,
     num_sms: int | None = None,
+    take_over: bool = False,
     implementation: str = "auto",
+    precision: str = "bf16",
+    row_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, MLPSaved]:
-    """`grouped_mlp` without autograd, for schedulers: out [R, H] and what the backward needs."""
-    _check(rows, row_weight, w13, w2, expert_offsets, num_sms, implementation)
-    tensors = (rows, row_weight, w13, w2, expert_offsets)
-    out, act, gate_up = torch.ops.dualpipe_ext.grouped_mlp_forward(
-        *tensors, True, num_sms or 0, implementation
-    )
-    return out, MLPSaved(*tensors, act, gate_up, None, num_sms or 0, implementation)
+    """`grouped_mlp` without autograd, for schedulers: out [R, H] and what the backward needs.
+
+    With precision="fp8", rows may be e4m3 already, with row_scale [R, H / 128] fp32 as
+    `fp8.quantize_rows` makes them; fastest where the transpose of row_scale is contiguous. Rows
+    that pad an expert are zero; out and drows have the weights' dtype.
+    """
+    fp8, tensors = _is_fp8(precision), (rows, row_weight, w13, w2, expert_offsets)
+    wide = rows if row_scale is None else w13.new_empty(1).expand(rows.shape)
+    _check(wide, *tensors[1:], num_sms, implementation)
+    if fp8 or row_scale is not None:
+        from .grouped_fp8 import check_fp8, forward
+
+        if not fp8:
+            raise ValueError(f'row_scale with precision={precision!r}: pass precision="fp8"')
+        check_fp8(rows, row_scale, w13, w2)
+        how = (num_sms or 0, implementation)
+        out, gate_up, saved = forward(rows, row_scale, *tensors[1:], True, *how, take_over)
+        return out, MLPSaved(*tensors, None, gate_up, None, *how, saved, take_over)
+    how = (num_sms or 0, implementation)
+    out, act, gate_up = torch.ops.dualpipe_ext.grouped_mlp_forward(*tensors, True, *how, take_over)
+    return out, MLPSaved(*tensors, act, gate_up, None, *how, take_over=take_over)
 
 
 @torch.no_grad()
 def mlp_dgrad(
-    dout: torch.Tensor, saved: MLPSaved, *, num_sms: int | None = None
+    dout: torch.Tensor,
+    saved: MLPSaved,
+    *,
+    num_sms: int | None = None,
+    take_over: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the inputs: drows [R, H] and drow_weight [R] (0 past expert_offsets[-1]).
 
-    dout [R, H]: rows that pad an expert are zero. `num_sms` None takes the forward's. Runs once per
-    forward.
+    dout [R, H]: rows that pad an expert are zero. Without `num_sms` and `take_over` both are the
+    forward's. Runs once per forward.
     """
     _check_dout(dout, saved)
-    _check_num_sms(num_sms)
+    num_sms, take_over = _share(num_sms, take_over, saved)
     if saved.gate_up is None:
         raise ValueError("mlp_dgrad has already run on this forward: call mlp_forward again")
-    drows, drow_weight, saved.d_gate_up = torch.ops.dualpipe_ext.grouped_mlp_dgrad(
-        dout,
-        saved.gate_up,
-        saved.row_weight,
-        saved.w13,
-        saved.w2,
-        saved.expert_offsets,
-        num_sms or saved.num_sms,
-        saved.implementation,
-    )
+    if saved.fp8 is not None:
+        from .grouped_fp8 import dgrad
+
+        drows, drow_weight, saved.d_gate_up, saved.act = dgrad(dout, saved, num_sms)
+    else:
+        drows, drow_weight, saved.d_gate_up = torch.ops.dualpipe_ext.grouped_mlp_dgrad(
+            dout,
+            saved.gate_up,
+            saved.row_weight,
+            saved.w13,
+            saved.w2,
+            saved.expert_offsets,
+            num_sms,
+            saved.implementation,
+            take_over,
+        )
     saved.gate_up = None
     return drows, drow_weight
 
 
 @torch.no_grad()
 def mlp_wgrad(
-    dout: torch.Tensor, saved: MLPSaved, *, num_sms: int | None = None
+    dout: torch.Tensor,
+    saved: MLPSaved,
+    *,
+    num_sms: int | None = None,
+    take_over: bool | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of the weights, any time after mlp_dgrad: dw13 [L, 2I, H] and dw2 [L, H, I].
 
     For a weight with an fp32 `main_grad` the gradient is added there and None returned for it.
+    Without `num_sms` and `take_over` both are the forward's; on Hopper these kernels always draw.
     """
     _check_dout(dout, saved)
-    _check_num_sms(num_sms)
+    num_sms, take_over = _share(num_sms, take_over, saved)
     if saved.d_gate_up is None:
         raise ValueError("mlp_wgrad needs what mlp_dgrad leaves: call mlp_dgrad first")
-    offsets, num_sms = saved.expert_offsets, num_sms or saved.num_sms
+    how = (saved.expert_offsets, num_sms, saved.implementation, take_over)
+    rows = saved.rows if saved.fp8 is None else saved.fp8.wide_rows(saved.rows, dout.dtype)
     return (
-        _wgrad(saved.w13, saved.d_gate_up, saved.rows, offsets, num_sms, saved.implementation),
-        _wgrad(saved.w2, dout, saved.act, offsets, num_sms, saved.implementation),
+        _wgrad(saved.w13, saved.d_gate_up, rows, *how),
+        _wgrad(saved.w2, dout, saved.act, *how),
     )
 
 
-def _wgrad(weight, y, x, expert_offsets, num_sms, implementation) -> torch.Tensor | None:
+def _share(num_sms: int | None, take_over: bool | None, saved: MLPSaved) -> tuple[int, bool]:
+    """The two as operators take them; given neither, those of the forward."""
+    _check_num_sms(num_sms)
+    if num_sms is None and take_over is None:
+        return saved.num_sms, saved.take_over
+    return num_sms or 0, bool(take_over)
+
+
+def _wgrad(weight, y, x, *how) -> torch.Tensor | None:
     main_grad = getattr(weight, "main_grad", None)
     ops = torch.ops.dualpipe_ext
     if main_grad is None:
-        return ops.grouped_wgrad(y, x, expert_offsets, num_sms, implementation)
+        return ops.grouped_wgrad(y, x, *how)
     _check_main_grad(main_grad, weight)
-    ops.grouped_wgrad_(main_grad, y, x, expert_offsets, num_sms, implementation)
+    ops.grouped_wgrad_(main_grad, y, x, *how)
     return None
 
 
@@ -211,12 +273,18 @@ def _check_tensors(rows, row_weight, w13, w2, expert_offsets, R, L) -> None:
 
 
 def _check_dout(dout: torch.Tensor, saved: MLPSaved) -> None:
-    rows = saved.rows
-    if dout.shape != rows.shape or dout.dtype != rows.dtype or dout.device != rows.device:
+    rows, like = saved.rows, saved.w13  # rows may be e4m3
+    if dout.shape != rows.shape or dout.dtype != like.dtype or dout.device != like.device:
         raise ValueError(
             f"dout is {tuple(dout.shape)} {dout.dtype} on {dout.device}: pass the gradient of out, "
-            f"{tuple(rows.shape)} {rows.dtype} on {rows.device}"
+            f"{tuple(rows.shape)} {like.dtype} on {like.device}"
         )
+
+
+def _is_fp8(precision: str) -> bool:
+    if precision not in ("bf16", "fp8"):
+        raise ValueError(f'precision={precision!r}: pass "bf16" or "fp8"')
+    return precision == "fp8"
 
 
 def _check_num_sms(num_sms) -> None:
@@ -261,8 +329,9 @@ def _reference_forward(rows, row_weight, w13, w2, expert_offsets, out, act, gate
     wide = _accumulation_dtype(rows.dtype)
     for expert, (start, end) in enumerate(_spans(expert_offsets, rows.shape[0])):
         here = slice(start, end)
-        both = rows[here].to(wide) @ w13[expert].to(wide).T
-        gate, up = both.chunk(2, dim=1)
+        # Rounded first, as the Hopper kernel leaves gate and up in shared memory.
+        both = (rows[here].to(wide) @ w13[expert].to(wide).T).to(rows.dtype)
+        gate, up = both.to(wide).chunk(2, dim=1)
         act[here] = torch.nn.functional.silu(gate) * up * row_weight[here, None]
         out[here] = act[here].to(wide) @ w2[expert].to(wide).T
         if gate_up is not None:
@@ -367,7 +436,9 @@ def _sm_count(tensor: torch.Tensor, num_sms: int) -> int:
 # ---- Operators ----
 
 
-def _forward(rows, row_weight, w13, w2, expert_offsets, save, num_sms, implementation):
+def _forward(
+    rows, row_weight, w13, w2, expert_offsets, save, num_sms, implementation, take_over=False
+):
     (R, H), I = rows.shape, w2.shape[2]  # noqa: E741
     rows = rows.contiguous()
     out, act = rows.new_empty(R, H), rows.new_empty(R, I)
@@ -379,18 +450,20 @@ def _forward(rows, row_weight, w13, w2, expert_offsets, save, num_sms, implement
         from .triton_kernels.grouped_swiglu import grouped_gate_up
 
         _require_alignment(rows=rows, w13=w13, w2=w2)
-        sms = _sm_count(rows, num_sms)
-        grouped_gate_up(rows, row_weight, w13, expert_offsets, act, gate_up, num_sms=sms)
-        grouped_gemm(act, w2, expert_offsets, out, weight_is_nk=True, num_sms=sms)
+        how = {"num_sms": _sm_count(rows, num_sms), "take_over": take_over}
+        grouped_gate_up(rows, row_weight, w13, expert_offsets, act, gate_up, **how)
+        grouped_gemm(act, w2, expert_offsets, out, weight_is_nk=True, **how)
     return out, act, rows.new_empty(0, 2 * I) if gate_up is None else gate_up
 
 
-def _forward_fake(rows, row_weight, w13, w2, expert_offsets, save, num_sms, implementation):
+def _forward_fake(rows, row_weight, w13, w2, expert_offsets, save, *how):
     (R, H), I = rows.shape, w2.shape[2]  # noqa: E741
     return rows.new_empty(R, H), rows.new_empty(R, I), rows.new_empty(R if save else 0, 2 * I)
 
 
-def _dgrad(dout, gate_up, row_weight, w13, w2, expert_offsets, num_sms, implementation):
+def _dgrad(
+    dout, gate_up, row_weight, w13, w2, expert_offsets, num_sms, implementation, take_over=False
+):
     (R, H) = dout.shape
     dout = dout.contiguous()
     drows, d_gate_up = dout.new_empty(R, H), torch.empty_like(gate_up)
@@ -404,19 +477,19 @@ def _dgrad(dout, gate_up, row_weight, w13, w2, expert_offsets, num_sms, implemen
         from .triton_kernels.grouped_swiglu import grouped_swiglu_backward
 
         _require_alignment(dout=dout, gate_up=gate_up, w13=w13, w2=w2)
-        sms = _sm_count(dout, num_sms)
+        how = {"num_sms": _sm_count(dout, num_sms), "take_over": take_over}
         drow_weight = grouped_swiglu_backward(
-            dout, w2, gate_up, row_weight, expert_offsets, d_gate_up, num_sms=sms
+            dout, w2, gate_up, row_weight, expert_offsets, d_gate_up, **how
         )
-        grouped_gemm(d_gate_up, w13, expert_offsets, drows, weight_is_nk=False, num_sms=sms)
+        grouped_gemm(d_gate_up, w13, expert_offsets, drows, weight_is_nk=False, **how)
     return drows, drow_weight, d_gate_up
 
 
-def _dgrad_fake(dout, gate_up, row_weight, w13, w2, expert_offsets, num_sms, implementation):
+def _dgrad_fake(dout, gate_up, row_weight, w13, w2, expert_offsets, *how):
     return dout.new_empty(dout.shape), torch.empty_like(row_weight), torch.empty_like(gate_up)
 
 
-def _wgrad_into(dw, y, x, expert_offsets, num_sms, implementation, accumulate):
+def _wgrad_into(dw, accumulate, y, x, expert_offsets, num_sms, implementation, take_over=False):
     y, x = y.contiguous(), x.contiguous()
     if not _use_triton(y, implementation):
         _reference_wgrad(y, x, expert_offsets, dw, accumulate)
@@ -424,28 +497,28 @@ def _wgrad_into(dw, y, x, expert_offsets, num_sms, implementation, accumulate):
         from .triton_kernels.grouped_wgrad import grouped_wgrad
 
         _require_alignment(y=y, x=x, main_grad=dw)
-        sms = _sm_count(y, num_sms)
-        grouped_wgrad(y, x, expert_offsets, dw, accumulate=accumulate, num_sms=sms)
+        how = {"num_sms": _sm_count(y, num_sms), "accumulate": accumulate}
+        grouped_wgrad(y, x, expert_offsets, dw, **how)
     elif not accumulate:
         dw.zero_()
 
 
-def _wgrad_new(y, x, expert_offsets, num_sms, implementation):
-    dw = _wgrad_fake(y, x, expert_offsets, num_sms, implementation)
-    _wgrad_into(dw, y, x, expert_offsets, num_sms, implementation, False)
+def _wgrad_new(y, x, expert_offsets, *how):
+    dw = _wgrad_fake(y, x, expert_offsets)
+    _wgrad_into(dw, False, y, x, expert_offsets, *how)
     return dw
 
 
-def _wgrad_fake(y, x, expert_offsets, num_sms, implementation):
+def _wgrad_fake(y, x, expert_offsets, *how):
     return y.new_empty(expert_offsets.shape[0] - 1, y.shape[1], x.shape[1])
 
 
-def _wgrad_add(main_grad, y, x, expert_offsets, num_sms, implementation):
-    _wgrad_into(main_grad, y, x, expert_offsets, num_sms, implementation, True)
+def _wgrad_add(main_grad, *y_x_and_how):
+    _wgrad_into(main_grad, True, *y_x_and_how)
 
 
 def _setup_context(ctx, inputs, output):
-    rows, row_weight, w13, w2, expert_offsets, _, ctx.num_sms, ctx.implementation = inputs
+    rows, row_weight, w13, w2, expert_offsets, _, *ctx.how = inputs
     _, act, gate_up = output
     ctx.mark_non_differentiable(act, gate_up)
     ctx.save_for_backward(rows, row_weight, w13, w2, expert_offsets, act, gate_up)
@@ -453,19 +526,19 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dout, _d_act, _d_gate_up):
     rows, row_weight, w13, w2, expert_offsets, act, gate_up = ctx.saved_tensors
-    how = (ctx.num_sms, ctx.implementation)
+    how = (expert_offsets, *ctx.how)
     drows, drow_weight, d_gate_up = torch.ops.dualpipe_ext.grouped_mlp_dgrad(
-        dout, gate_up, row_weight, w13, w2, expert_offsets, *how
+        dout, gate_up, row_weight, w13, w2, *how
     )
     need = ctx.needs_input_grad
-    dw13 = _wgrad(w13, d_gate_up, rows, expert_offsets, *how) if need[2] else None
-    dw2 = _wgrad(w2, dout, act, expert_offsets, *how) if need[3] else None
-    return drows, drow_weight, dw13, dw2, None, None, None, None
+    dw13 = _wgrad(w13, d_gate_up, rows, *how) if need[2] else None
+    dw2 = _wgrad(w2, dout, act, *how) if need[3] else None
+    return drows, drow_weight, dw13, dw2, None, None, None, None, None
 
 
 # Library.define and impl cost about 1 us a call, torch.library.custom_op tens.
 _library = torch.library.Library("dualpipe_ext", "FRAGMENT")
-_HOW = "int num_sms, str implementation"
+_HOW = "int num_sms, str implementation, bool take_over=False"
 for _schema, _implementation, _fake in (
     (
         "grouped_mlp_forward(Tensor rows, Tensor row_weight, Tensor w13, Tensor w2, "

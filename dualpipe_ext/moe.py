@@ -93,6 +93,8 @@ class MoELayer(PlacedExperts):
         backend, comm_sms, form, max_rows: see :class:`~dualpipe_ext.Exchange`.
         payload: None or "fp8", what the forward's dispatch sends: see Exchange.dispatch.
         num_sms: streaming multiprocessors the expert GEMMs may take, None = all.
+        precision: of the experts' products, "bf16" (as the dtype is) or "fp8": see grouped_fp8.py,
+            also for what to call after a weight was written through ``.data``.
         router: ``"softmax"``, ``"sigmoid"``, or a module that maps x [T, H] to
             :class:`~dualpipe_ext.router.Routes`, for example a ``Router(H, E, K, kind="sigmoid",
             n_groups=8, topk_groups=4, route_scale=2.5)``.
@@ -128,6 +130,7 @@ class MoELayer(PlacedExperts):
         max_rows: int | None = None,
         payload: str | None = None,
         num_sms: int | None = None,
+        precision: str = "bf16",
         router: str | nn.Module = "softmax",
         shared_expert_hidden: int = 0,
         max_tokens: int | None = None,
@@ -153,7 +156,7 @@ class MoELayer(PlacedExperts):
         self._check_sizes()
         self.backend, self.comm_sms, self.num_sms = backend, comm_sms, num_sms
         self.form, self.max_rows, self.max_tokens = form, max_rows, max_tokens
-        self.payload = payload
+        self.payload, self.precision = payload, precision
         self.aux_loss_coefficient, self.init_std = aux_loss_coefficient, init_std
         self.exchange, self._owns_exchange = exchange, exchange is None
         if exchange is not None:
@@ -200,7 +203,13 @@ class MoELayer(PlacedExperts):
             )
             w13, w2 = self.w13.to(dtype), self.w2.to(dtype)
             out_RH = grouped_mlp(
-                rows_RH, weight_R, w13, w2, plan.expert_offsets, num_sms=self.num_sms
+                rows_RH,
+                weight_R,
+                w13,
+                w2,
+                plan.expert_offsets,
+                num_sms=self.num_sms,
+                precision=self.precision,
             )
             y_TH = exchange.combine(out_RH, plan)
             if shared_TH is not None:
@@ -359,6 +368,7 @@ class MoELayer(PlacedExperts):
             "form": self.form,
             "payload": self.payload,
             "num_sms": self.num_sms,
+            "precision": self.precision,
             "router": copy.deepcopy(self.router),
             "shared_expert_hidden": self.shared_expert_hidden,
             "aux_loss_coefficient": self.aux_loss_coefficient,

@@ -46,6 +46,8 @@ class OverlappedPair:
             which comes back to its value afterwards; None leaves it.
         num_sms: SMs that the experts' GEMMs, and the expansion and sums of unique rows, take inside
             a pair; None takes the layer's and the exchange's numbers.
+        take_over: those GEMMs draw their tiles from a counter, so that programs for which
+            communication leaves no room take what is left as soon as it ends.
         weight_delay: "off": a layer's weight gradients come with its input gradients. "experts":
             those of our expert MLP come after the input gradients have left for the dispatch▲.
             "all": also those of attention, the rest of the block and the stage's two ends; the
@@ -60,6 +62,7 @@ class OverlappedPair:
         *,
         comm_sms: int | float | None = None,
         num_sms: int | None = None,
+        take_over: bool = False,
         weight_delay: str = "all",
     ) -> None:
         if weight_delay not in WEIGHT_DELAYS:
@@ -67,6 +70,7 @@ class OverlappedPair:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.comm_sms, self.num_sms, self.weight_delay = comm_sms, num_sms, weight_delay
+        self.take_over = take_over
         self._lanes = _Lanes(torch.device(device))
 
     def run(
@@ -142,6 +146,7 @@ class OverlappedPair:
                 'one with channel="backward"'
             )
         run, tracks = self._lanes.run, (_Track("F1"), _Track("F2"))
+        share = self.num_sms, self.take_over
         a, b = tracks
         with self._window(first, second):
             x = run("compute", a, "begin", first.begin_forward)
@@ -153,10 +158,10 @@ class OverlappedPair:
                 run("compute", b, "attention", block_b.attention, y)
                 run(_comm(block_a), a, "dispatch", block_a.dispatch)
                 run(_comm(block_b), b, "plan", block_b.plan)
-                run("compute", a, "mlp", block_a.mlp, self.num_sms)
+                run("compute", a, "mlp", block_a.mlp, *share)
                 run(_comm(block_b), b, "dispatch", block_b.dispatch)
                 run(_comm(block_a), a, "combine", block_a.combine)
-                run("compute", b, "mlp", block_b.mlp, self.num_sms)
+                run("compute", b, "mlp", block_b.mlp, *share)
                 run(_comm(block_b), b, "combine", block_b.combine)
                 x = run("compute", a, "output", block_a.output)
                 y = run("compute", b, "output", block_b.output)
@@ -172,22 +177,22 @@ class OverlappedPair:
         backward: BlockChunk | None,
     ) -> None:
         """A layer of each, or of one where the other has no more, from attention△ to combine△."""
-        run, num_sms = self._lanes.run, self.num_sms
+        run, share = self._lanes.run, (self.num_sms, self.take_over)
         if forward is not None:
             run("compute", f, "attention", forward.attention, x)
             run(_comm(forward), f, "plan", forward.plan)
         if backward is not None:
             if self.weight_delay == "off":
-                run("compute", b, "mlp", _mlp_backward_whole, backward, num_sms)
+                run("compute", b, "mlp", _mlp_backward_whole, backward, *share)
             else:
-                run("compute", b, "mlp", backward.mlp_backward, num_sms)
+                run("compute", b, "mlp", backward.mlp_backward, *share)
                 run("compute", None, "mlp W", backward.mlp_backward_weight)
         if forward is not None:
             run(_comm(forward), f, "dispatch", forward.dispatch)
         if backward is not None:
             run(_comm(backward), b, "dispatch", backward.dispatch_backward)
         if forward is not None:
-            run("compute", f, "mlp", forward.mlp, num_sms)
+            run("compute", f, "mlp", forward.mlp, *share)
             run(_comm(forward), f, "combine", forward.combine)
 
     def _backward(
@@ -303,8 +308,8 @@ def _comm(block: BlockChunk) -> str:
     return "comm" if block.block.routed else "compute"
 
 
-def _mlp_backward_whole(block: BlockChunk, num_sms: int | None) -> tuple[Tensor, ...]:
-    return _run_both(block.mlp_backward, block.mlp_backward_weight, num_sms)
+def _mlp_backward_whole(block: BlockChunk, *share) -> tuple[Tensor, ...]:
+    return _run_both(block.mlp_backward, block.mlp_backward_weight, *share)
 
 
 def _run_both(inputs: Callable, weights: Callable, *args):

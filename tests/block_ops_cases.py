@@ -8,6 +8,8 @@ imported.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 
 from dualpipe_ext.block_ops import rms_norm, rotary, rotary_, rotary_tables
@@ -85,6 +87,14 @@ def check_rms_norm(T, H, dtype, device="cpu", *, residual=True, num_sms=None, ep
     same(found[-1], gradients[-1], dtype, "d_weight")
     for value, want in zip(found[:-1], gradients[:-1], strict=True):
         same(value, want, dtype, "dx", size + want.norm())
+
+
+def check_segments(dtype) -> None:
+    """Segments of 5 and of 4 rows, two or three to a program."""
+    from dualpipe_ext.triton_kernels import norm
+
+    with mock.patch.object(norm, "SEGMENTS", 5):
+        check_rms_norm(23, 4100, dtype, num_sms=2)
 
 
 # ---- Rotary embedding ----
@@ -295,10 +305,10 @@ def route_in_parts(*arguments, num_sms, **how):
         @staticmethod
         def forward(ctx, x, weight, bias):
             x, ctx.softmax = x.contiguous(), bias is None
-            idx, topk_weight, logits, sums = forward(x, weight, bias, **how, **half)
+            idx, topk_weight, logits, sums, count = forward(x, weight, bias, **how, **half)
             ctx.save_for_backward(x, weight, logits, idx)
-            ctx.mark_non_differentiable(idx)
-            return idx, topk_weight, sums[0].float(), sums[1].long()
+            ctx.mark_non_differentiable(idx, count)
+            return idx, topk_weight, sums, count
 
         @staticmethod
         def backward(ctx, _idx, d_topk_weight, d_sum, _count):
@@ -312,6 +322,43 @@ def route_in_parts(*arguments, num_sms, **how):
             return dx / up, dw / up, None
 
     return Parts.apply(*arguments)
+
+
+def parts_of_logits(x, weight, groups, splits=5):
+    """x @ weight.T in parts [S, T, columns], as the kernel for Hopper leaves them."""
+    from dualpipe_ext.triton_kernels.router_tiles import columns_of
+
+    count, size = columns_of(len(weight), groups)
+    padded = weight.new_zeros(count, size, x.shape[1])
+    padded[:groups, : len(weight) // groups] = weight.unflatten(0, (groups, -1))
+    shares = zip(x.chunk(splits, 1), padded.flatten(0, 1).chunk(splits, 1), strict=True)
+    return torch.stack([a @ b.T for a, b in shares])
+
+
+def route_in_two(x, weight, bias, *, num_sms, n_groups, **how):
+    """`route` with the choice of a kernel of its own."""
+    from dualpipe_ext.triton_kernels.router_backward import route_backward
+    from dualpipe_ext.triton_kernels.router_choice import choose
+
+    class Two(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias):
+            x, ctx.softmax = x.contiguous(), bias is None
+            more = dict(num_experts=len(weight), n_groups=n_groups, num_sms=num_sms)
+            parts = parts_of_logits(x, weight, n_groups)
+            idx, topk_weight, logits, sums, count = choose(parts, bias, **more, **how)
+            ctx.save_for_backward(x, weight, logits, idx)
+            ctx.mark_non_differentiable(idx, count)
+            return idx, topk_weight, sums, count
+
+        @staticmethod
+        def backward(ctx, _idx, d_topk_weight, d_sum, _count):
+            options = {name: how[name] for name in ("renormalize", "route_scale")}
+            saved = (d_topk_weight, d_sum, *ctx.saved_tensors)
+            options |= dict(softmax=ctx.softmax, num_sms=num_sms, part=torch.float32)
+            return *route_backward(*saved, **options), None
+
+    return Two.apply(x, weight, bias)
 
 
 # ---- In the interpreter ----
@@ -328,6 +375,7 @@ def interpreted() -> dict[str, object]:
                 check_rms_norm(300, 24, dtype, residual=False, num_sms=3),
                 check_rms_norm(3, 9, dtype, num_sms=100),
                 check_rms_norm(2, 8200, dtype, num_sms=1),
+                check_segments(dtype),
             ),
             f"rotary {dtype}": lambda dtype=dtype: (
                 check_rotary(2, 5, 5, 24, dtype, num_sms=2),
@@ -359,6 +407,16 @@ def interpreted() -> dict[str, object]:
     checks["router in parts"] = lambda: (
         check_route(9, 136, 20, 3, fp32, run=route_in_parts, num_sms=2),
         check_route(3, 40, 500, 3, fp32, run=route_in_parts, num_sms=2),
+    )
+    checks["router in two"] = lambda: (
+        check_route(9, 136, 20, 3, fp32, run=route_in_two, num_sms=2),
+        check_route(200, 16, 6, 2, fp32, run=route_in_two, num_sms=3, renormalize=False),
+        check_route(
+            70, 40, 15, 4, fp32, run=route_in_two, num_sms=1, sigmoid=True, groups=3, keep=2
+        ),
+        check_route(
+            70, 40, 256, 8, fp32, run=route_in_two, num_sms=2, sigmoid=True, groups=8, keep=4
+        ),
     )
     checks["out of range"] = lambda: (check_targets_out_of_range(), check_positions_out_of_range())
     checks["router ties"] = check_router_ties

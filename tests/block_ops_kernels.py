@@ -15,26 +15,35 @@ from tests.test_grouped_mlp import resource_usage
 BF16, FP32 = torch.bfloat16, torch.float32
 
 # Registers a thread, bytes of stack that spills take, bytes of shared memory, Triton 3.6. The five
-# products of two operands of 256 experts leave ptxas no registers for all of their addresses.
+# products of two operands of 256 experts leave ptxas no registers for all of their addresses. 128
+# registers are what a launch of four warpgroups has, which share them out anew; a stack there holds
+# numbers of the weight that are read ahead, and addresses of results.
 RESOURCES = {
     "rms_norm": (58, 0, 98368),
     "rms_norm, H 128": (40, 0, 49408),
-    "rms_norm, H 16384, fp32": (64, 0, 128),
-    "rms_norm_backward": (123, 0, 98376),
-    "rms_norm_backward, H 16384, fp32": (64, 8, 128),
-    "add_parts": (32, 0, 4096),
+    "rms_norm, H 16384, fp32": (50, 0, 131200),
+    "rms_norm_backward": (128, 0, 147532),
+    "rms_norm_backward, H 16384, fp32": (64, 0, 128),
+    "add_parts": (40, 0, 4096),
     "rotary": (42, 0, 0),
-    "rotary, interleaved, 5 heads": (43, 0, 0),
-    "cross_entropy, in place": (127, 0, 131136),
-    "cross_entropy": (113, 0, 131136),
-    "cross_entropy, in place, V 129280": (128, 40, 64),
+    "rotary, interleaved, 5 heads": (46, 0, 0),
+    "cross_entropy, in place": (128, 0, 196672),
+    "cross_entropy": (113, 0, 196672),
+    "cross_entropy, in place, V 129280": (128, 0, 64),
+    "cross_entropy, V 129280": (128, 0, 64),
     "cross_entropy_gradient": (32, 0, 49212),
     "scale_rows": (32, 0, 0),
-    "route": (182, 0, 131128),
-    "route, fp32": (181, 0, 114720),
+    "route": (196, 0, 131128),
+    "route, fp32": (203, 0, 114720),
     "route, E 128, fp32": (239, 0, 114744),
     "route, DeepSeek-V3": (251, 0, 147504),
     "route, E 512, K 32, fp32": (239, 0, 114744),
+    "route, Hopper, E 15": (128, 0, 155924),
+    "route, Hopper, E 64": (128, 8, 180500),
+    "route, Hopper, E 128": (128, 248, 196860),
+    "route, Hopper, E 256": (128, 160, 196860),
+    "choose": (124, 0, 4096),
+    "choose, DeepSeek-V3": (110, 0, 8192),
     "d_logits": (197, 0, 8192),
     "route_backward, E 64": (166, 0, 180256),
     "route_backward, E 128": (168, 0, 213008),
@@ -43,6 +52,10 @@ RESOURCES = {
     "route_backward, E 64, fp32": (150, 0, 131120),
     "route_backward, E 256, fp32": (241, 0, 115200),
     "route_backward, E 512, fp32": (255, 136, 106752),
+    "route_backward, Hopper, E 15": (128, 0, 164324),
+    "route_backward, Hopper, E 64": (128, 0, 164324),
+    "route_backward, Hopper, E 128": (128, 8, 197036),
+    "route_backward, Hopper, E 256": (128, 304, 213384),
 }
 
 TYPES = {
@@ -67,6 +80,7 @@ class AheadOfTime:
         from triton import compile
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
+        from triton.experimental.gluon._runtime import GluonASTSource
 
         parameters = self.kernel.params
         constants |= {p.name: p.default for p in parameters if p.has_default}
@@ -76,8 +90,9 @@ class AheadOfTime:
             if value is None:
                 constants[name] = None
             elif hasattr(value, "block_shape"):
-                block = ",".join(map(str, value.block_shape))
-                signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+                layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+                kind = TYPES[value.base.dtype]
+                signature[name] = f"tensordesc<{kind}{list(value.block_shape)}{layout}>"
             elif isinstance(value, torch.Tensor):
                 signature[name] = "*" + TYPES[value.dtype]
                 if not parameter.do_not_specialize_on_alignment:
@@ -87,7 +102,8 @@ class AheadOfTime:
             else:
                 assert parameter.do_not_specialize, f"{name} would compile every value"
                 signature[name] = "i32"
-        source = ASTSource(self.kernel, signature, constants, attributes)
+        source = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        source = source(self.kernel, signature, constants, attributes)
         target = GPUTarget("cuda", 90, 32)
         options = {"num_warps": num_warps, "num_stages": num_stages}
         self.compiled = compile(source, target=target, options=options)
@@ -148,6 +164,29 @@ def _route(E=64, K=8, groups=1, keep=1, sigmoid=False, dtype=BF16):
     route(x, weight, torch.empty(E) if sigmoid else None, num_sms=132, **how)
 
 
+def _logits_hopper(E=64):
+    from dualpipe_ext.triton_kernels.router_hopper import logits_hopper
+
+    x, weight = torch.empty(8192, 64, dtype=BF16), torch.empty(E, 64)
+    logits_hopper(x, weight, n_groups=3 if E == 15 else 1, num_sms=132)
+
+
+def _gradients_hopper(E=64):
+    from dualpipe_ext.triton_kernels.router_backward_hopper import gradients_hopper
+
+    d_logits = torch.empty(2, 128, E + -E % 8, dtype=BF16)
+    x, weight = torch.empty(128, 128, dtype=BF16), torch.empty(E, 128)
+    gradients_hopper(d_logits, x, weight, num_sms=132)
+
+
+def _choose(E=64, K=8, groups=1, keep=1, sigmoid=False):
+    from dualpipe_ext.triton_kernels.router_choice import choose
+
+    how = dict(topk=K, renormalize=True, n_groups=groups, topk_groups=keep, route_scale=2.5)
+    bias = torch.empty(E) if sigmoid else None
+    choose(torch.empty(4, 8192, E), bias, num_experts=E, num_sms=132, **how)
+
+
 def _route_backward(E=64, K=8, sigmoid=False, dtype=BF16):
     from dualpipe_ext.triton_kernels.router_backward import route_backward
 
@@ -187,6 +226,12 @@ LAUNCHES = {
         _loss,
         dict(V=129280),
     ),
+    "cross_entropy, V 129280": (
+        "cross_entropy",
+        "long_row_loss_kernel",
+        _loss,
+        dict(V=129280, gradient=False),
+    ),
     "cross_entropy_gradient": ("cross_entropy", "gradient_kernel", _loss_gradient, {}),
     "scale_rows": ("cross_entropy", "scale_rows_kernel", _scale_rows, {}),
     "route": ("router", "route_kernel", _route, {}),
@@ -194,6 +239,8 @@ LAUNCHES = {
     "route, E 128, fp32": ("router", "route_kernel", _route, dict(E=128, dtype=FP32)),
     "route, DeepSeek-V3": ("router", "route_kernel", _route, DEEPSEEK),
     "route, E 512, K 32, fp32": ("router", "route_kernel", _route, dict(E=512, K=32, dtype=FP32)),
+    "choose": ("router_choice", "choose_kernel", _choose, {}),
+    "choose, DeepSeek-V3": ("router_choice", "choose_kernel", _choose, DEEPSEEK),
     "d_logits": ("router_backward", "d_logits_kernel", _route_backward, dict(E=256)),
 } | {
     f"route_backward, E {E}" + (", fp32" if dtype == FP32 else ""): (
@@ -205,6 +252,15 @@ LAUNCHES = {
     for dtype in (BF16, FP32)
     for E in (64, 128, 256, 512)
     if (E, dtype) != (128, FP32)
+}
+HOPPER = {
+    "route": ("router_hopper", "logits_hopper_kernel", _logits_hopper),
+    "route_backward": ("router_backward_hopper", "gradients_hopper_kernel", _gradients_hopper),
+}
+LAUNCHES |= {
+    f"{name}, Hopper, E {E}": (*launch, dict(E=E))
+    for name, launch in HOPPER.items()
+    for E in (15, 64, 128, 256)
 }
 
 

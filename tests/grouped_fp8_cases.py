@@ -17,11 +17,13 @@ from dualpipe_ext.fp8 import quantize_rows
 E4M3 = torch.float8_e4m3fn
 NAN = float("nan")
 
+INTERPRETED = ("swiglu", "swiglu, half a tile wide", "empty experts", "partial tiles", "narrow")
+
 # Rows of each expert (multiples of 128), N, K, rows past the last expert.
 CASES = {
     "one tile": ((128,), 256, 128, 0),
     "empty experts": ((0, 256, 0, 0, 128, 0), 256, 512, 128),
-    "partial tiles": ((128, 384), 400, 272, 256),
+    "partial tiles": ((128, 384), 400, 272, 200),
     "narrow": ((256, 128), 16, 16, 0),
     "half a tile wide": ((128, 128, 128), 128, 640, 0),
     "many M tiles": ((2304,), 512, 256, 0),
@@ -116,6 +118,49 @@ def check_quantizers(rows: torch.Tensor, weight: torch.Tensor, problem: Problem)
     assert torch.equal(scales, problem.weight_scale)
 
 
+def make_swiglu(counts, I: int, spare: int, dtype, device: str = "cpu"):  # noqa: E741
+    """d_act [R, I], gate_up [R, 2I], row_weight [R] and offsets; NaN past the last expert."""
+    offsets = torch.tensor([0, *counts]).cumsum(0).to(torch.int32).to(device)
+    R = sum(counts) + spare
+    d_act, gate_up = torch.randn(R, I, device=device), 2 * torch.randn(R, 2 * I, device=device)
+    row_weight = torch.rand(R, device=device)
+    for tensor in (d_act, gate_up, row_weight):
+        tensor[sum(counts) :] = NAN
+    return d_act.to(dtype), gate_up.to(dtype), row_weight, offsets
+
+
+def check_swiglu(d_act, gate_up, row_weight, offsets, num_sms: int, tolerance: float) -> None:
+    """The kernels against torch's derivative in fp64, and fp8 against rounding that."""
+    from dualpipe_ext.triton_kernels.grouped_fp8_swiglu import swiglu, swiglu_backward
+
+    end = int(offsets[-1])
+
+    def check_fp8(q, scales, exact):
+        want, want_scales = quantize_rows(exact.float())
+        assert relative_error(scales[:, :end].T, want_scales) < 1e-5
+        # A number next to the middle of two may go the other way, by an eighth at most.
+        got, want = q[:end].float(), want.float()
+        assert ((got - want).abs() <= 0.126 * want.abs() + 2**-9).all()
+        assert (got != want).float().mean() < 1e-3
+
+    gates = gate_up[:end].double().requires_grad_()
+    weight = row_weight[:end].double().requires_grad_()
+    gate, up = gates.chunk(2, dim=1)
+    exact = gate / (1 + torch.exp(-gate)) * up * weight[:, None]
+    exact.backward(d_act[:end].double())
+    check_fp8(*swiglu(gate_up, row_weight, offsets, num_sms=num_sms), exact.detach())
+    d_gate_up, act = torch.full_like(gate_up, NAN), torch.full_like(d_act, NAN)
+    *d_fp8, d_row_weight = swiglu_backward(
+        d_act, gate_up, row_weight, offsets, d_gate_up, act, num_sms=num_sms
+    )
+    check_fp8(*d_fp8, gates.grad)
+    for got, want in ((act, exact.detach()), (d_gate_up, gates.grad)):
+        assert relative_error(got[:end], want) < tolerance
+        assert got[end:].isnan().all()
+    assert relative_error(d_row_weight[:end], weight.grad) < 1e-5
+    assert not d_row_weight[end:].any()
+
+
 def _convert_float(convert):
     """The interpreter's conversion, but fp8 by torch: its own rounds halves up, loses carries."""
 
@@ -132,7 +177,13 @@ def main() -> None:
 
     interpreter._convert_float = _convert_float(interpreter._convert_float)
     torch.manual_seed(0)
-    for name in ("empty experts", "partial tiles", "narrow"):
+    wide, odd, *quantizers = INTERPRETED
+    for name, counts, width, spare in ((wide, (0, 128, 128), 512, 200), (odd, (256,), 384, 0)):
+        for num_sms in (1, 3, 100):
+            problem = make_swiglu(counts, width, spare, torch.float32)
+            check_swiglu(*problem, num_sms, 1e-6)
+        print("ok", name)
+    for name in quantizers:
         problem = make_problem(*CASES[name])
         # One block of zeros: its scale is that of the smallest maximum.
         problem.rows[:3, :128], problem.weight[0, :128, :128] = 0, 0

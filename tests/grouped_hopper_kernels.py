@@ -9,53 +9,51 @@ from pathlib import Path
 import torch
 
 from dualpipe_ext.triton_kernels import grouped_hopper, grouped_hopper_swiglu
-from dualpipe_ext.triton_kernels.grouped_hopper import HopperConfig
+from dualpipe_ext.triton_kernels.grouped_hopper import LONG_STEPS, SHORT_STEPS, HopperConfig
 from tests.flash_attention_kernels import AheadOfTime
 from tests.test_grouped_mlp import resource_usage
 
-SHORT_STEPS = {"block_k": 32, "stages": 6}
-
-# By name: which launch, and how.
+# By name: which launch, and how; "take over" for the one that draws its tiles.
 LAUNCHES = {
-    "gate_up": ("gate_up", HopperConfig()),
-    "gate_up, drawn": ("gate_up", HopperConfig(dynamic=True)),
-    "gate_up, inference": ("inference", HopperConfig()),
-    "d_gate_up": ("d_gate_up", HopperConfig()),
-    "d_gate_up, drawn": ("d_gate_up", HopperConfig(dynamic=True)),
-    "d_gate_up, short steps": ("d_gate_up", HopperConfig(**SHORT_STEPS)),
-    "down": ("down", HopperConfig()),
-    "down, drawn": ("down", HopperConfig(dynamic=True)),
-    "drows": ("drows", HopperConfig()),
-    "drows, drawn": ("drows", HopperConfig(dynamic=True)),
-    "drows, short steps": ("drows", HopperConfig(**SHORT_STEPS)),
+    "gate_up": ("gate_up", LONG_STEPS),
+    "gate_up, take over": ("gate_up", LONG_STEPS),
+    "gate_up, inference": ("inference", LONG_STEPS),
+    "d_gate_up": ("d_gate_up", LONG_STEPS),
+    "d_gate_up, take over": ("d_gate_up", LONG_STEPS),
+    "down": ("down", LONG_STEPS),
+    "down, take over": ("down", LONG_STEPS),
+    "down, short steps": ("down", SHORT_STEPS),
+    "drows": ("drows", SHORT_STEPS),
+    "drows, take over": ("drows", SHORT_STEPS),
 }
+EXPERTS = 256  # as many as the kernels have to keep first rows of in registers
 
 # (registers a thread, bytes of shared memory) of each, Triton 3.6. 168 registers are what a launch
 # of three warpgroups has.
 RESOURCES = {
     "gate_up": (168, 213464),
-    "gate_up, drawn": (168, 213464),
+    "gate_up, take over": (168, 213464),
     "gate_up, inference": (168, 213448),
-    "d_gate_up": (168, 213464),
-    "d_gate_up, drawn": (168, 213480),
-    "d_gate_up, short steps": (168, 213496),
+    "d_gate_up": (168, 213508),
+    "d_gate_up, take over": (168, 213480),
     "down": (168, 213432),
-    "down, drawn": (168, 213448),
-    "drows": (168, 213432),
-    "drows, drawn": (168, 213448),
-    "drows, short steps": (168, 213464),
+    "down, take over": (168, 213448),
+    "down, short steps": (168, 213464),
+    "drows": (168, 213464),
+    "drows, take over": (168, 213480),
 }
 
 
-def launch(kernel: str, config: HopperConfig) -> None:
+def launch(kernel: str, config: HopperConfig, take_over: bool) -> None:
     """Only shapes and dtypes of the tensors matter."""
-    R, L, H, I = 256, 8, 256, 128  # noqa: E741
+    R, L, H, I = 256, EXPERTS, 256, 128  # noqa: E741
 
     def empty(*size):
         return torch.empty(size, dtype=torch.bfloat16)
 
     rows, act, gate_up = empty(R, H), empty(R, I), empty(R, 2 * I)
-    offsets, how = torch.zeros(L + 1, dtype=torch.int32), {"num_sms": 132, "config": config}
+    offsets = torch.zeros(L + 1, dtype=torch.int32)
+    how = {"num_sms": 132, "config": config, "take_over": take_over}
     if kernel in ("gate_up", "inference"):
         saved = gate_up if kernel == "gate_up" else None
         tensors = (rows, torch.empty(R), empty(L, 2 * I, H), offsets, act, saved)
@@ -80,7 +78,7 @@ def compile_launch(name: str, monkeypatch):
     }.get(LAUNCHES[name][0], (grouped_hopper, "grouped_gemm_hopper_kernel"))
     ahead = AheadOfTime(getattr(module, kernel))
     monkeypatch.setattr(module, kernel, ahead)
-    launch(*LAUNCHES[name])
+    launch(*LAUNCHES[name], take_over="take over" in name)
     return ahead.compiled
 
 

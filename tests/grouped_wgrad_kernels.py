@@ -15,27 +15,27 @@ from tests.test_grouped_mlp import resource_usage
 # By name: whether it accumulates, and what differs from the kernel's own configuration for that.
 CONFIGS = {
     "accumulate": (True, {}),
-    "accumulate, short steps": (True, dict(block_k=32, stages=6, strip=32, buffers=4)),
-    "accumulate, wide": (True, dict(tall=False, prefetch=False)),
-    "accumulate in L2": (True, dict(stages=4, strip=32, load=False)),
+    "accumulate, prefetch": (True, dict(prefetch=True)),
+    "accumulate, half buffered": (True, dict(stages=3, buffers=4)),
+    "accumulate, buffered": (True, dict(block_k=32, buffers=8)),
     "bf16": (False, {}),
 }
 
 # (registers a thread, bytes of shared memory) of each, Triton 3.6. 168 registers are what a launch
 # of three warpgroups has; they share them out as 232 + 232 + 40.
 RESOURCES = {
-    "accumulate": (168, 213448),
-    "accumulate, short steps": (168, 213544),
-    "accumulate, wide": (168, 213432),
-    "accumulate in L2": (168, 229832),
-    "bf16": (168, 229816),
+    "accumulate": (168, 229880),
+    "accumulate, prefetch": (168, 229896),
+    "accumulate, half buffered": (168, 213552),
+    "accumulate, buffered": (168, 230072),
+    "bf16": (168, 213552),
 }
 
 
 def configuration(name: str, module):
     """Of a name in CONFIGS, for the kernel's module or what the emulator makes of it."""
     accumulate, changes = CONFIGS[name]
-    base = module.HOPPER_ACCUMULATE if accumulate else module.HOPPER_BF16
+    base = module.MAIN_GRAD if accumulate else module.BF16
     return accumulate, replace(base, **changes)
 
 

@@ -12,20 +12,20 @@ import pytest
 import torch
 
 from tests.gluon_emulator import emulate
-from tests.grouped_fp8_cases import CASES, E4M3, NAN, make_problem, relative_error
+from tests.grouped_fp8_cases import CASES, E4M3, INTERPRETED, NAN, make_problem, relative_error
 from tests.test_grouped_mlp import resource_usage
 
 ROOT = Path(__file__).resolve().parent.parent
-TURNS = ("free", "issue", "run")
 
 # (registers a thread, bytes of shared memory, of stack a thread), Triton 3.6. Of the GEMM's
 # registers three warpgroups make 232 + 232 + 40.
 RESOURCES = {
-    "gemm, free": (168, 231800, 0),
-    "gemm, issue": (168, 231832, 0),
-    "gemm, run": (168, 231832, 0),
+    "gemm, forward": (168, 231832, 0),
+    "gemm, backward": (168, 231800, 0),
     "rows": (64, 1024, 0),
     "weights": (64, 32768, 0),
+    "swiglu": (64, 66304, 0),
+    "swiglu backward": (64, 49536, 0),
 }
 
 
@@ -35,13 +35,13 @@ def emulated():
     return module
 
 
-def run(problem, num_sms: int, turns: str = "issue") -> torch.Tensor:
+def run(problem, num_sms: int, config: str = "FORWARD") -> torch.Tensor:
     """out [R, N], NaN where the kernel writes nothing."""
     kernels = emulated()
     out = torch.full((len(problem.rows), problem.weight.shape[1]), NAN, dtype=torch.bfloat16)
     inputs = (problem.q_rows, problem.row_scale, problem.q_weight, problem.weight_scale)
-    config = kernels.Fp8Config(turns=turns)
-    return kernels.grouped_fp8_gemm(*inputs, problem.offsets, out, num_sms=num_sms, config=config)
+    how = {"num_sms": num_sms, "config": getattr(kernels, config)}
+    return kernels.grouped_fp8_gemm(*inputs, problem.offsets, out, **how)
 
 
 @pytest.mark.parametrize("num_sms", [1, 3, 132])
@@ -54,10 +54,9 @@ def test_kernel_equals_fp64(case, num_sms):
     assert out[problem.end :].isnan().all()
 
 
-@pytest.mark.parametrize("turns", TURNS)
-def test_turns_change_no_bit(turns):
+def test_turns_change_no_bit():
     problem = make_problem((256, 128), 512, 768)
-    assert torch.equal(run(problem, 2, turns), run(problem, 5))
+    assert torch.equal(run(problem, 2, "BACKWARD"), run(problem, 5))
 
 
 def test_transposed_scales_are_a_view():
@@ -94,14 +93,14 @@ def test_interpreter_equals_plain_torch():
         text=True,
     )
     assert child.returncode == 0, child.stderr
-    assert child.stdout.splitlines() == ["ok empty experts", "ok partial tiles", "ok narrow"]
+    assert child.stdout.splitlines() == [f"ok {name}" for name in INTERPRETED]
 
 
 # ---- Compiled ----
 
 
 def compile_launch(name: str, monkeypatch):
-    from dualpipe_ext.triton_kernels import grouped_fp8, quantize
+    from dualpipe_ext.triton_kernels import grouped_fp8, grouped_fp8_swiglu, quantize
     from tests import block_ops_kernels, flash_attention_kernels
 
     bf16, offsets = dict(dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int32)
@@ -109,8 +108,9 @@ def compile_launch(name: str, monkeypatch):
     gemm = name.startswith("gemm")
     compiler = flash_attention_kernels if gemm else block_ops_kernels
     monkeypatch.setitem(compiler.TYPES, E4M3, "fp8e4nv")
-    module = grouped_fp8 if gemm else quantize
-    kernel = "grouped_fp8_kernel" if gemm else f"quantize_{name}_kernel"
+    module = grouped_fp8 if gemm else grouped_fp8_swiglu if "swiglu" in name else quantize
+    kernel = f"{name}_kernel" if "swiglu" in name else f"quantize_{name}_kernel"
+    kernel = "grouped_fp8_kernel" if gemm else kernel.replace(" ", "_")
     ahead = compiler.AheadOfTime(getattr(module, kernel))
     monkeypatch.setattr(module, kernel, ahead)
     if gemm:
@@ -122,8 +122,14 @@ def compile_launch(name: str, monkeypatch):
             offsets,
             torch.empty(256, 512, **bf16),
             num_sms=132,
-            config=grouped_fp8.Fp8Config(turns=name.split()[-1]),
+            config=getattr(grouped_fp8, name.split()[-1].upper()),
         )
+    elif name == "swiglu":
+        grouped_fp8_swiglu.swiglu(rows, torch.empty(256), offsets, num_sms=132)
+    elif name == "swiglu backward":
+        act, how = rows[:, :128].contiguous(), dict(num_sms=132)
+        tensors = (act, rows, torch.empty(256), offsets, rows, act)
+        grouped_fp8_swiglu.swiglu_backward(*tensors, **how)
     elif name == "rows":
         quantize.quantize_rows(rows, offsets, num_sms=132)
     else:
@@ -149,14 +155,17 @@ def test_kernel_compiles_for_sm_90_without_spills(name, monkeypatch, tmp_path):
         # Layout changes rename registers.
         assert "convert_layout" not in compiled.asm["ttgir"]
     else:
-        assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+        # 16 bytes at a time; SwiGLU's loads go through shared memory, a tile ahead.
+        load = "cp.async.cg.shared.global" if "swiglu" in name else "ld.global.v4.b32"
+        assert load in ptx and "st.global.v4.b32" in ptx
 
 
 def test_sizes_share_one_compilation():
     pytest.importorskip("triton")
-    from dualpipe_ext.triton_kernels import grouped_fp8, quantize
+    from dualpipe_ext.triton_kernels import grouped_fp8, grouped_fp8_swiglu, quantize
 
     kernels = (quantize.quantize_rows_kernel, quantize.quantize_weights_kernel)
+    kernels += (grouped_fp8_swiglu.swiglu_kernel, grouped_fp8_swiglu.swiglu_backward_kernel)
     for kernel in (grouped_fp8.grouped_fp8_kernel, *kernels):
         for parameter in kernel.params:
             if not parameter.name.endswith(("_ptr", "_desc")):

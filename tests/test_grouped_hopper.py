@@ -49,12 +49,25 @@ def by_hand(problem, gate_up, dout):
 
 @cache
 def emulated():
-    from tests.gluon_emulator import emulate
+    from tests.gluon_emulator import Tensor, atomic_add, emulate
 
-    return emulate(ROOT / "triton_kernels", "grouped_hopper", "grouped_hopper_swiglu")
+    gemm, swiglu = emulate(ROOT / "triton_kernels", "grouped_hopper", "grouped_hopper_swiglu")
+
+    def draw(counter):
+        return Tensor(torch.tensor([atomic_add(counter, 1)]))
+
+    def prefetch(address, size):
+        last = address.offset + size.data // 2
+        assert (size.data > 0).all() and not (size.data % 16).any()
+        assert address.offset.min() >= 0 and last.max() <= len(address.memory)
+        prefetched.append(int(size.data.sum()))
+
+    prefetched = []
+    gemm.draw, swiglu.prefetch, swiglu.prefetched = draw, prefetch, prefetched
+    return gemm, swiglu
 
 
-def run(problem, gate_up, dout, num_sms, **options):
+def run(problem, gate_up, dout, num_sms, take_over=False, **options):
     """The same by the kernels: rows @ w13.T by two of them, act with and without saving.
 
     NaN wherever nothing must be written.
@@ -62,13 +75,16 @@ def run(problem, gate_up, dout, num_sms, **options):
     gemm, swiglu = emulated()
     rows, row_weight, w13, w2, offsets = problem
     end = int(offsets[-1])
-    how = {"num_sms": num_sms, "config": gemm.HopperConfig(**options)}
+    config = gemm.HopperConfig(**options) if options else None
+    how = {"num_sms": num_sms, "take_over": take_over, "config": config}
     act = gate_up[:, : w2.shape[2]]
     results = [torch.full_like(t, NAN) for t in (gate_up, rows, gate_up, gate_up, act, act)]
     d_gate_up, drows, products, saved, act, inferred = map(torch.Tensor.contiguous, results)
+    swiglu.prefetched.clear()
     d_weight = swiglu.swiglu_backward_hopper(
         dout, w2, gate_up, row_weight, offsets, d_gate_up, **how
     )
+    assert sum(swiglu.prefetched) == gate_up[:end].numel() * 2, "gate and up are read once"
     gemm.grouped_gemm_hopper(gate_up, w13, offsets, drows, weight_is_nk=False, **how)
     gemm.grouped_gemm_hopper(rows, w13, offsets, products, weight_is_nk=True, **how)
     swiglu.gate_up_hopper(rows, row_weight, w13, offsets, act, saved, **how)
@@ -80,9 +96,9 @@ def run(problem, gate_up, dout, num_sms, **options):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("take_over", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_emulated_kernels_equal_fp64(case, dynamic, dtype):
+def test_emulated_kernels_equal_fp64(case, take_over, dtype):
     torch.manual_seed(0)
     *sizes, num_sms = CASES[case]
     problem, dout = make_problem(*sizes[:3], dtype, sizes[3])
@@ -90,8 +106,8 @@ def test_emulated_kernels_equal_fp64(case, dynamic, dtype):
     end = int(problem[4][-1])
     for tensor in (problem[0], problem[1], gate_up, dout):
         tensor[end:] = NAN
-    options = {"dynamic": dynamic} | ({"block_k": 32, "stages": 6} if dynamic else {})
-    got = run(problem, gate_up, dout, num_sms, **options)
+    options = {"block_k": 64, "stages": 3} if take_over else {}
+    got = run(problem, gate_up, dout, num_sms, take_over, **options)
     for value, want in zip(got, by_hand(problem, gate_up, dout), strict=True):
         assert value.shape == want.shape
         assert not end or relative_error(value, want) < TOLERANCE[dtype]
@@ -102,8 +118,8 @@ def test_sm_count_and_order_change_no_bit():
     problem, dout = make_problem((300, 0, 500), 72, 520, torch.bfloat16)
     gate_up = torch.randn(len(dout), 1040).bfloat16()
     first = run(problem, gate_up, dout, 1)
-    for num_sms, dynamic in ((3, False), (7, False), (2, True)):
-        again = run(problem, gate_up, dout, num_sms, dynamic=dynamic)
+    for num_sms, take_over in ((3, False), (7, False), (2, True)):
+        again = run(problem, gate_up, dout, num_sms, take_over)
         assert all(map(torch.equal, first, again))
 
 

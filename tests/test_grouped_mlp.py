@@ -113,6 +113,36 @@ def test_main_grad_takes_the_weight_gradients():
     assert torch.equal(w13.main_grad[1], torch.full_like(w13.main_grad[1], 2.0))
 
 
+@pytest.mark.parametrize(
+    "forward, backward, wanted",
+    [
+        ({}, {}, (0, False)),
+        ({"num_sms": 100}, {}, (100, False)),
+        ({"take_over": True}, {}, (0, True)),
+        ({"num_sms": 100}, {"take_over": True}, (0, True)),
+        ({"take_over": True}, {"num_sms": 9}, (9, False)),
+        ({"num_sms": 100}, {"num_sms": 9, "take_over": True}, (9, True)),
+    ],
+)
+def test_backward_has_the_forwards_share_or_its_own(forward, backward, wanted, monkeypatch):
+    problem, dout = make_problem((3,), 8, 8, torch.float32)
+    _, saved = mlp_forward(*problem, **forward)
+    shares = []
+    for name in ("grouped_mlp_dgrad", "grouped_wgrad"):
+        operator = getattr(torch.ops.dualpipe_ext, name)
+
+        def record(*arguments, operator=operator):
+            *_, num_sms, implementation, take_over = arguments
+            assert implementation == "auto"
+            shares.append((num_sms, take_over))
+            return operator(*arguments)
+
+        monkeypatch.setattr(torch.ops.dualpipe_ext, name, record)
+    mlp_dgrad(dout, saved, **backward)
+    mlp_wgrad(dout, saved, **backward)
+    assert shares == 3 * [wanted]
+
+
 def test_mlp_dgrad_runs_once_and_before_wgrad():
     problem, dout = make_problem((3,), 8, 8, torch.float32)
     _, saved = mlp_forward(*problem)
@@ -129,7 +159,7 @@ def test_opcheck_forward(save):
     tensors = [t.requires_grad_(save) for t in (rows, row_weight, w13, w2)]
     torch.library.opcheck(
         torch.ops.dualpipe_ext.grouped_mlp_forward.default,
-        (*tensors, offsets, save, 0, "reference"),
+        (*tensors, offsets, save, 0, "reference", save),
     )
 
 
@@ -256,15 +286,12 @@ def launches():
     offsets, weight = torch.zeros(L + 1, dtype=torch.int32), torch.empty(R)
     sms = {"num_sms": 132}
 
-    def gate_up_forward(saved, two_dots=False):
-        grouped_swiglu.grouped_gate_up(
-            rows, weight, w13, offsets, act, saved, two_dots=two_dots, **sms
-        )
+    def gate_up_forward(saved):
+        grouped_swiglu.grouped_gate_up(rows, weight, w13, offsets, act, saved, **sms)
 
     return {
         "gate_up": (grouped_swiglu, lambda: gate_up_forward(gate_up)),
         "gate_up_inference": (grouped_swiglu, lambda: gate_up_forward(None)),
-        "gate_up_two_dots": (grouped_swiglu, lambda: gate_up_forward(gate_up, True)),
         "down": (
             grouped_gemm,
             lambda: grouped_gemm.grouped_gemm(act, w2, offsets, rows, weight_is_nk=True, **sms),
@@ -350,7 +377,6 @@ def resource_usage(cubin: bytes, folder: Path) -> dict[str, int]:
     [
         "gate_up",
         "gate_up_inference",
-        "gate_up_two_dots",
         "down",
         "swiglu_backward",
         "drows",

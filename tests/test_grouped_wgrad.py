@@ -43,18 +43,19 @@ def expected(y, x, offsets):
 
 @cache
 def emulated():
-    from tests.gluon_emulator import Tensor, emulate
+    from tests.gluon_emulator import Tensor, atomic_add, emulate
 
     (module,) = emulate(ROOT / "triton_kernels", "grouped_wgrad_hopper")
 
-    def split_columns(x):
-        return (Tensor(half, x.type.layout) for half in x.data.chunk(2, 1))
+    def draw(counter):
+        return Tensor(torch.tensor([atomic_add(counter, 1)]))
 
-    def prefetch(address):
-        first, last = address.offset.aminmax()
-        assert first >= 0 and last < len(address.memory)
+    def prefetch(address, size):
+        assert (size.data > 0).all() and not (size.data % 16).any()
+        last = address.offset + size.data // 4
+        assert address.offset.min() >= 0 and last.max() <= len(address.memory)
 
-    module.split_columns, module.prefetch = split_columns, prefetch
+    module.draw, module.prefetch = draw, prefetch
     return module
 
 
@@ -124,8 +125,8 @@ def test_kernel_compiles_for_sm_90(name, monkeypatch, tmp_path):
     from dualpipe_ext.triton_kernels import grouped_wgrad_hopper
 
     accumulate, config = configuration(name, grouped_wgrad_hopper)
-    assert ("cp.reduce.async.bulk.tensor" in ptx) == (accumulate and not config.load)
-    assert ("prefetch.global.L2" in ptx) == config.prefetch
+    assert ("cp.reduce.async.bulk.tensor" in ptx) == accumulate
+    assert ("cp.async.bulk.prefetch.L2" in ptx) == config.prefetch
 
 
 def test_sizes_share_one_compilation():

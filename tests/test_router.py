@@ -112,6 +112,20 @@ def test_groups_keep_their_two_best():
     assert router.select(scores).tolist() == [[0, 1]]
 
 
+def test_an_overridden_choice_is_used():
+    class Last(Router):
+        def select(self, scores):
+            return super().select(-scores)
+
+    for implementation in ("auto", "torch", "triton"):
+        router = Last(2, 3, 1, implementation=implementation)
+        with torch.no_grad():
+            router.weight.copy_(torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]]))
+        assert router(torch.tensor([[1.0, 0.0]])).topk_idx.tolist() == [[1]]
+    with pytest.raises(ValueError, match="implementation='fast': choose \"auto\""):
+        Router(2, 3, 1, implementation="fast")
+
+
 def test_bias_moves_the_choice_and_not_the_weight():
     router = Router(4, 4, 1, kind="sigmoid", renormalize=False)
     with torch.no_grad():

@@ -11,11 +11,12 @@ is left. One warp draws and loads, two warpgroups compute. Sizes are read at run
 from functools import cache
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .arithmetic import ceil_div
 
 ROWS = 128  # rows of a tile: 64 for each of the two warpgroups
 LOG2_E = 1.4426950408889634
@@ -246,7 +247,7 @@ def heads_side_by_side(rows: int, bytes_a_row: int, heads: int, share: int) -> i
 def num_blocks(length: int, rows: int, starts: torch.Tensor | None, block: int) -> int:
     """Blocks of `locate_tile`: of one sequence of `length`, or of all packed `rows`."""
     if starts is None:
-        return triton.cdiv(length, block)
+        return ceil_div(length, block)
     return rows // block + starts.shape[0] - 1
 
 

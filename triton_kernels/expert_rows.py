@@ -18,9 +18,9 @@ of 8 elements. Rows are addressed with 64 bits.
 """
 
 import torch
-import triton
 import triton.language as tl
 
+from .arithmetic import ceil_div, power_of_two
 from .row_tiles import (
     BLOCK,
     MAX_PADDING,
@@ -290,7 +290,7 @@ def expand(
     P, T, K = expert_rows.shape
     L = tokens_per_expert.shape[0]
     shape, tile_rows, chunks = config.launch(rows, K)
-    tiles = P * triton.cdiv(T, tile_rows) + L * (MAX_PADDING // tile_rows)
+    tiles = P * ceil_div(T, tile_rows) + L * (MAX_PADDING // tile_rows)
     expand_kernel[_grid(num_sms, tiles * chunks)](
         unique,
         *vector_strides(unique),
@@ -310,7 +310,7 @@ def expand(
         L,
         P=P,
         K=K,
-        K_POW2=triton.next_power_of_2(K),
+        K_POW2=power_of_two(K),
         **shape,
     )
 
@@ -339,7 +339,7 @@ def sum_per_rank(
     """
     P, T, K = expert_rows.shape
     shape, tile_rows, chunks = config.launch(rows, K)
-    tiles = P * triton.cdiv(T, tile_rows)
+    tiles = P * ceil_div(T, tile_rows)
     sum_per_rank_kernel[_grid(num_sms, tiles * chunks)](
         rows,
         *vector_strides(rows),
@@ -354,7 +354,7 @@ def sum_per_rank(
         *outer_strides(sum_weight, 2),
         P=P,
         K=K,
-        K_POW2=triton.next_power_of_2(K),
+        K_POW2=power_of_two(K),
         **shape,
     )
 
@@ -386,7 +386,7 @@ def sum_at_home(
     T, P = send_rows.shape
     K = 1 if topk_weight is None else topk_weight.shape[1]
     shape, tile_rows, chunks = config.launch(y, P)
-    sum_at_home_kernel[_grid(num_sms, triton.cdiv(T, tile_rows) * chunks)](
+    sum_at_home_kernel[_grid(num_sms, ceil_div(T, tile_rows) * chunks)](
         received,
         *vector_strides(received),
         received.shape[1],
@@ -404,7 +404,7 @@ def sum_at_home(
         num_local_experts,
         P=P,
         K=K,
-        K_POW2=triton.next_power_of_2(K),
+        K_POW2=power_of_two(K),
         **shape,
     )
 

@@ -5,7 +5,16 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tiles import BLOCK_M, GEMM, TileConfig, locate_tile, search_steps, split_columns
+from .arithmetic import ceil_div
+from .tiles import (
+    BLOCK_M,
+    GEMM,
+    TileConfig,
+    is_hopper,
+    locate_tile,
+    search_steps,
+    split_columns,
+)
 
 
 @triton.jit
@@ -66,7 +75,8 @@ def grouped_gemm(
     *,
     weight_is_nk: bool,
     num_sms: int,
-    config=GEMM,
+    take_over: bool = False,
+    config=None,
 ) -> torch.Tensor:
     """Multiplies every row with its expert's matrix.
 
@@ -74,18 +84,24 @@ def grouped_gemm(
     weight          [L, N, K] if `weight_is_nk`, else [L, K, N]
     expert_offsets  [L + 1] int32, multiples of 128, last <= R
     out             [R, N], written up to row expert_offsets[-1]
-    config          a TileConfig, or a HopperConfig for the Gluon kernel
+    take_over       programs draw their tiles, on Hopper: one that starts late, on an SM that
+                    communication held, takes what is left
+    config          a TileConfig, or a HopperConfig for the Gluon kernel; by default what suits
     """
+    if config is None and not is_hopper(rows.device):
+        config = GEMM
     if not isinstance(config, TileConfig):
         from .grouped_hopper import grouped_gemm_hopper
 
-        how = {"weight_is_nk": weight_is_nk, "num_sms": num_sms, "config": config}
-        return grouped_gemm_hopper(rows, weight, expert_offsets, out, **how)
+        how = {"num_sms": num_sms, "take_over": take_over, "config": config}
+        return grouped_gemm_hopper(
+            rows, weight, expert_offsets, out, weight_is_nk=weight_is_nk, **how
+        )
     R, K = rows.shape
     L, N = weight.shape[0], out.shape[1]
     block_n, block_k = config.block_n, config.block_k
     box = [1, block_n, block_k] if weight_is_nk else [1, block_k, block_n]
-    grid = (max(1, min(num_sms, R // BLOCK_M * triton.cdiv(N, block_n))),)
+    grid = (max(1, min(num_sms, R // BLOCK_M * ceil_div(N, block_n))),)
     grouped_gemm_kernel[grid](
         TensorDescriptor(rows, rows.shape, rows.stride(), [BLOCK_M, block_k]),
         TensorDescriptor(weight, weight.shape, weight.stride(), box),

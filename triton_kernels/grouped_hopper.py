@@ -20,7 +20,6 @@ warpgroup has 64 × 256 and not 128 × 128 (96 + 48) or tiles of its own (96 + 6
 from dataclasses import dataclass
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -32,12 +31,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .attention_tiles import (
-    allocate,
-    allocate_barriers,
-    allocate_integers,
-    send,
-    shared_layout,
+from .arithmetic import ceil_div
+from .attention_tiles import allocate, allocate_barriers, allocate_integers, send
+from .tiles_hopper import (
+    DRAW_AHEAD,
+    describe,
+    draw,
+    load_starts,
+    locate_tile,
+    receive,
+    register_steps,
+    split_columns,
+    tile_counter,
 )
 
 BLOCK_M = 128
@@ -57,59 +62,19 @@ class HopperConfig:
     block_k  K of a stage, 384 rows of it: 48 KiB for 64
     stages   in flight; besides, 64 KiB of finished tile: 208 of 227 KiB
     group_m  M tiles that share a strip of weights before the next N tile, for reuse in L2
-    dynamic  programs draw tiles from a counter, so that one that starts late, on an SM that
-             communication held, takes what is left; else each has its share
     """
 
     block_k: int = 64
     stages: int = 3
     group_m: int = 16
-    dynamic: bool = False
 
 
-@gluon.jit
-def locate_tile(
-    tile,
-    offsets_ptr,
-    num_experts,
-    num_n,
-    ROWS: gl.constexpr,
-    GROUP_M: gl.constexpr,
-    STEPS: gl.constexpr,
-):
-    """Expert, first row and N tile of a tile number, in the order of tiles.locate_tile."""
-    row = tile // num_n * ROWS
-    expert = 0
-    for step in gl.static_range(STEPS):
-        middle = min(expert + (1 << (STEPS - 1 - step)), num_experts)
-        if gl.load(offsets_ptr + middle) <= row:
-            expert = middle
-    start = gl.load(offsets_ptr + expert)
-    num_m = (gl.load(offsets_ptr + expert + 1) - start) // ROWS
-    inside = tile - start // ROWS * num_n
-    group = inside // (GROUP_M * num_n)
-    inside -= group * GROUP_M * num_n
-    height = min(num_m - group * GROUP_M, GROUP_M)
-    return expert, start + (group * GROUP_M + inside % height) * ROWS, inside // height
-
-
-@gluon.jit
-def receive(slots, slot, i: gl.constexpr, WARPS: gl.constexpr):
-    """Integer i of a tile's facts."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    return gl.sum(slots.index(slot * FACTS + i).load(layout), 0)
-
-
-@gluon.jit
-def next_tile(tile, counter_ptr, DYNAMIC: gl.constexpr):
-    """The tile after `tile`; -1 asks for the first."""
-    if DYNAMIC:
-        following = gl.atomic_add(counter_ptr, 1)
-    else:
-        following = tile + gl.num_programs(0)
-        if tile < 0:
-            following = gl.program_id(0)
-    return following
+LONG_STEPS = HopperConfig()
+SHORT_STEPS = HopperConfig(block_k=32, stages=6)
+# Short steps begin to multiply, and end, sooner: 6 % of the time at K = 768, where twelve long ones
+# make a tile. With weights [K, N] they win up to 1.5 %. With [N, K] and K from 1536 on they lose 2
+# to 4 %, and with SwiGLU or its backward up to 6 %.
+SHORT_K = 1024
 
 
 @gluon.jit
@@ -130,7 +95,7 @@ def load_tiles(
     ROWS: gl.constexpr,
     GROUP_M: gl.constexpr,
     STEPS: gl.constexpr,
-    DYNAMIC: gl.constexpr,
+    TAKE_OVER: gl.constexpr,
 ):
     """The loading warp."""
     full, empty, facts_full, facts_empty, _d_full, _d_empty = barriers
@@ -140,13 +105,18 @@ def load_tiles(
     stage_bytes: gl.constexpr = 2 * rows_desc.block_type.nbytes + weight_desc.block_type.nbytes
     num_n = (N + WIDTH - 1) // WIDTH
     num_k = (K + DEPTH - 1) // DEPTH
-    num_tiles = gl.load(offsets_ptr + num_experts) // ROWS * num_n
+    end = gl.load(offsets_ptr + num_experts)
+    num_tiles = end // ROWS * num_n
+    starts = load_starts(offsets_ptr, num_experts, STEPS)
 
     steps = 0
     count = 0
-    tile = next_tile(-1, counter_ptr, DYNAMIC)
+    tile = gl.program_id(0)
+    if TAKE_OVER:
+        drawn = draw(counter_ptr)
+        tile = gl.sum(drawn, 0)
     while tile < num_tiles:
-        expert, m, n_tile = locate_tile(tile, offsets_ptr, num_experts, num_n, ROWS, GROUP_M, STEPS)
+        expert, m, n_tile = locate_tile(tile, starts, end, num_n, ROWS, GROUP_M)
         n = n_tile * (WIDTH // MATRICES)
         slot = count % FACT_SLOTS
         mbarrier.wait(facts_empty.index(slot), (count // FACT_SLOTS & 1) ^ 1)
@@ -154,6 +124,8 @@ def load_tiles(
         mbarrier.arrive(facts_full.index(slot))
         count += 1
         for k in range(num_k):
+            if TAKE_OVER and k == max(num_k - DRAW_AHEAD, 0):
+                drawn = draw(counter_ptr)
             slot = steps % STAGES
             mbarrier.wait(empty.index(slot), (steps // STAGES & 1) ^ 1)
             ready = full.index(slot)
@@ -169,20 +141,15 @@ def load_tiles(
             place = [matrix, n, k * DEPTH] if WEIGHT_IS_NK else [matrix, k * DEPTH, n]
             tma.async_copy_global_to_shared(weight_desc, place, ready, weight_smem.index(slot))
             steps += 1
-        tile = next_tile(tile, counter_ptr, DYNAMIC)
+        if TAKE_OVER:
+            tile = gl.sum(drawn, 0)
+        else:
+            tile += gl.num_programs(0)
     # The others read the end off the last slot.
     slot = count % FACT_SLOTS
     mbarrier.wait(facts_empty.index(slot), (count // FACT_SLOTS & 1) ^ 1)
     send(facts_smem, slot, (0, 0, 0), FACTS)
     mbarrier.arrive(facts_full.index(slot))
-
-
-@gluon.jit
-def split_columns(x):
-    """Left and right half of [rows, columns]: renames registers, an MMA thread has both halves."""
-    rows: gl.constexpr = x.shape[0]
-    half: gl.constexpr = x.shape[1] // 2
-    return x.reshape([rows, 2, half]).permute((0, 2, 1)).split()
 
 
 @gluon.jit
@@ -199,6 +166,53 @@ def leave_chunks(d_smem, slot, d):
 
 
 @gluon.jit
+def multiply_tile(
+    rows_smem,
+    weight_smem,
+    full,
+    empty,
+    steps,
+    K,
+    W: gl.constexpr,
+    WEIGHT_IS_NK: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Sums of warpgroup W, fp32 [64, 256], and the number of steps of K until now."""
+    WIDTH: gl.constexpr = CHUNK * CHUNKS
+    DEPTH: gl.constexpr = rows_smem.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    acc = gl.zeros([64, WIDTH], gl.float32, layout)
+    for k in range((K + DEPTH - 1) // DEPTH):
+        slot = steps % STAGES
+        mbarrier.wait(full.index(slot), steps // STAGES & 1)
+        weight = weight_smem.index(slot)
+        if WEIGHT_IS_NK:
+            weight = weight.reshape([WIDTH, DEPTH]).permute((1, 0))
+        else:
+            weight = weight.reshape([DEPTH, WIDTH])
+        acc = warpgroup_mma(rows_smem.index(2 * slot + W), weight, acc, is_async=True)
+        # The product before this one has ended: its stage may be filled again.
+        acc = warpgroup_mma_wait(1, (acc,))
+        if k > 0:
+            mbarrier.arrive(empty.index((steps - 1) % STAGES))
+        steps += 1
+    acc = warpgroup_mma_wait(0, (acc,))
+    mbarrier.arrive(empty.index((steps - 1) % STAGES))
+    return acc, steps
+
+
+@gluon.jit
+def leave_tile(d_smem, acc, d_full, d_empty, count, W: gl.constexpr, BY_TMA: gl.constexpr):
+    """Warpgroup W's sums of tile `count`, rounded, for those who finish it."""
+    mbarrier.wait(d_empty.index(W), (count & 1) ^ 1)
+    leave_chunks(d_smem, W * CHUNKS, acc.to(d_smem.dtype))
+    if BY_TMA:
+        fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.arrive(d_full.index(W))
+
+
+@gluon.jit
 def multiply_tiles(
     rows_smem,
     weight_smem,
@@ -208,44 +222,18 @@ def multiply_tiles(
     K,
     W: gl.constexpr,
     WEIGHT_IS_NK: gl.constexpr,
-    LEAVES_BY_TMA: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Warpgroup W of two: rows 64 W to 64 W + 63 of every tile."""
     full, empty, facts_full, facts_empty, d_full, d_empty = barriers
-    WIDTH: gl.constexpr = CHUNK * CHUNKS
-    DEPTH: gl.constexpr = rows_smem.shape[2]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    num_k = (K + DEPTH - 1) // DEPTH
-
     steps = 0
     count = 0
     mbarrier.wait(facts_full.index(0), 0)
-    while receive(facts_smem, count % FACT_SLOTS, 0, 4) > 0:
-        acc = gl.zeros([64, WIDTH], gl.float32, layout)
-        for k in range(num_k):
-            slot = steps % STAGES
-            mbarrier.wait(full.index(slot), steps // STAGES & 1)
-            weight = weight_smem.index(slot)
-            if WEIGHT_IS_NK:
-                weight = weight.reshape([WIDTH, DEPTH]).permute((1, 0))
-            else:
-                weight = weight.reshape([DEPTH, WIDTH])
-            acc = warpgroup_mma(rows_smem.index(2 * slot + W), weight, acc, is_async=True)
-            # The product before this one has ended: its stage may be filled again.
-            acc = warpgroup_mma_wait(1, (acc,))
-            if k > 0:
-                mbarrier.arrive(empty.index((steps - 1) % STAGES))
-            steps += 1
-        acc = warpgroup_mma_wait(0, (acc,))
-        mbarrier.arrive(empty.index((steps - 1) % STAGES))
-
-        mbarrier.wait(d_empty.index(W), (count & 1) ^ 1)
-        leave_chunks(d_smem, W * CHUNKS, acc.to(d_smem.dtype))
-        if LEAVES_BY_TMA:
-            fence_async_shared()
-        gl.thread_barrier()
-        mbarrier.arrive(d_full.index(W))
+    while receive(facts_smem, count % FACT_SLOTS, 0, FACTS, 4) > 0:
+        acc, steps = multiply_tile(
+            rows_smem, weight_smem, full, empty, steps, K, W, WEIGHT_IS_NK, STAGES
+        )
+        leave_tile(d_smem, acc, d_full, d_empty, count, W, True)
         mbarrier.arrive(facts_empty.index(count % FACT_SLOTS))
         count += 1
         mbarrier.wait(facts_full.index(count % FACT_SLOTS), count // FACT_SLOTS & 1)
@@ -257,10 +245,10 @@ def store_tiles(out_desc, d_smem, facts_smem, barriers):
     _full, _empty, facts_full, facts_empty, d_full, d_empty = barriers
     count = 0
     mbarrier.wait(facts_full.index(0), 0)
-    while receive(facts_smem, count % FACT_SLOTS, 0, 1) > 0:
+    while receive(facts_smem, count % FACT_SLOTS, 0, FACTS, 1) > 0:
         slot = count % FACT_SLOTS
-        m = receive(facts_smem, slot, 1, 1)
-        n = receive(facts_smem, slot, 2, 1) * (CHUNK * CHUNKS)
+        m = receive(facts_smem, slot, 1, FACTS, 1)
+        n = receive(facts_smem, slot, 2, FACTS, 1) * (CHUNK * CHUNKS)
         gl.thread_barrier()
         mbarrier.arrive(facts_empty.index(slot))
         for w in gl.static_range(2):
@@ -310,33 +298,29 @@ def grouped_gemm_hopper_kernel(
     ROWS: gl.constexpr,
     GROUP_M: gl.constexpr,
     STEPS: gl.constexpr,
-    DYNAMIC: gl.constexpr,
+    TAKE_OVER: gl.constexpr,
 ):
     rows, weight, d, facts, barriers = allocate_pipeline(rows_desc, weight_desc, STAGES)
     gl.warp_specialize(
         [
             (
                 multiply_tiles,
-                (rows, weight, d, facts, barriers, K, gl.constexpr(0), WEIGHT_IS_NK, True, STAGES),
+                (rows, weight, d, facts, barriers, K, gl.constexpr(0), WEIGHT_IS_NK, STAGES),
             ),
             (
                 multiply_tiles,
-                (rows, weight, d, facts, barriers, K, gl.constexpr(1), WEIGHT_IS_NK, True, STAGES),
+                (rows, weight, d, facts, barriers, K, gl.constexpr(1), WEIGHT_IS_NK, STAGES),
             ),
             (store_tiles, (out_desc, d, facts, barriers)),
             (
                 load_tiles,
                 (rows_desc, weight_desc, rows, weight, facts, barriers, offsets_ptr, counter_ptr,
-                 num_experts, N, K, WEIGHT_IS_NK, STAGES, ROWS, GROUP_M, STEPS, DYNAMIC),
+                 num_experts, N, K, WEIGHT_IS_NK, STAGES, ROWS, GROUP_M, STEPS, TAKE_OVER),
             ),
         ],
         [4, 1, 1],
         [232, 40, 40],
     )  # fmt: skip
-
-
-def describe(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(x, x.shape, x.stride(), block, shared_layout(block, x.dtype))
 
 
 def describe_operands(
@@ -347,11 +331,6 @@ def describe_operands(
     return describe(rows, [BLOCK_M // 2, block_k]), describe(weight, box)
 
 
-def tile_counter(like: torch.Tensor) -> torch.Tensor:
-    """Where programs draw tile numbers from: zero before every launch."""
-    return torch.zeros(1, dtype=torch.int32, device=like.device)
-
-
 def grouped_gemm_hopper(
     rows: torch.Tensor,
     weight: torch.Tensor,
@@ -360,18 +339,21 @@ def grouped_gemm_hopper(
     *,
     weight_is_nk: bool,
     num_sms: int,
-    config: HopperConfig,
+    take_over: bool = False,
+    config: HopperConfig | None = None,
 ) -> torch.Tensor:
     """As grouped_gemm.grouped_gemm."""
     (R, K), L, N = rows.shape, weight.shape[0], out.shape[1]
+    if config is None:
+        config = LONG_STEPS if weight_is_nk and K > SHORT_K else SHORT_STEPS
     rows_desc, weight_desc = describe_operands(rows, weight, weight_is_nk, config.block_k)
-    grid = (max(1, min(num_sms, R // BLOCK_M * triton.cdiv(N, BLOCK_N))),)
+    grid = (max(1, min(num_sms, R // BLOCK_M * ceil_div(N, BLOCK_N))),)
     grouped_gemm_hopper_kernel[grid](
         rows_desc,
         weight_desc,
         describe(out, [BLOCK_M // 2, 64]),
         expert_offsets,
-        tile_counter(rows) if config.dynamic else expert_offsets,
+        tile_counter(rows) if take_over else expert_offsets,
         L,
         N,
         K,
@@ -379,8 +361,8 @@ def grouped_gemm_hopper(
         STAGES=config.stages,
         ROWS=BLOCK_M,
         GROUP_M=config.group_m,
-        STEPS=(L - 1).bit_length(),
-        DYNAMIC=config.dynamic,
+        STEPS=register_steps(L),
+        TAKE_OVER=take_over,
         num_warps=4,
     )
     return out

@@ -2,21 +2,24 @@
 
 The formulas are in that file; the pipeline is grouped_hopper.py's. Two warps of their own take a
 finished tile from shared memory in strips of 16 rows and 64 columns: gate and up, of which they
-make act; or d = dout @ w2, whose gate and up they have loaded two strips ahead, in registers.
+make act; or d = dout @ w2, whose gate and up they load 16 rows ahead, in registers (16 KiB in
+flight), from L2, where the tile's have been asked for as a whole as soon as it was known.
 
 Two warps take 22 instructions a number (sm_90), 11,200 issue slots of each warp for a tile, beside
 33,000 clocks of the tensor cores at K = 2048. More warps cannot be had: a warpgroup's 64 × 256 sums
-need 154 registers a thread, which ptxas allows in launches of up to three warpgroups. d leaves for
-shared memory rounded as the output is, as a backward that stores it rounds it.
+need 154 registers a thread, which ptxas allows in launches of up to three warpgroups. But a
+program's last tile, beside which nothing is multiplied, is finished by the warpgroups themselves,
+each its own half. d leaves for shared memory rounded as the output is, as a backward that stores it
+rounds it.
 """
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .arithmetic import ceil_div
 from .attention_tiles import shared_layout
 from .grouped_hopper import (
     BLOCK_M,
@@ -24,22 +27,22 @@ from .grouped_hopper import (
     CHUNK,
     CHUNKS,
     FACT_SLOTS,
+    FACTS,
+    LONG_STEPS,
     HopperConfig,
     allocate_pipeline,
-    describe,
     describe_operands,
+    leave_tile,
     load_tiles,
-    multiply_tiles,
-    receive,
-    tile_counter,
+    multiply_tile,
 )
-
-GATE_UP = HopperConfig()
-SWIGLU_BACKWARD = HopperConfig()
+from .tiles_hopper import describe, prefetch, receive, register_steps, tile_counter
 
 STRIP = gl.constexpr(16)  # rows of a strip
 STRIPS = gl.constexpr(8)  # strips below each other in a tile
-WARPS = gl.constexpr(2)
+HALF = gl.constexpr(4)  # in a warpgroup's half of it
+WARPS = gl.constexpr(2)  # that finish tiles beside the multiplying warpgroups
+PARTS = gl.constexpr(8)  # of a row's d_row_weight that are loaded at once
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 
@@ -54,93 +57,69 @@ def sigmoid(x):
     )
 
 
+# ---- Forward ----
+
+
 @gluon.jit
-def activation_tiles(
-    act_ptr,
-    gate_desc,
-    up_desc,
-    row_weight_ptr,
-    d_smem,
-    facts_smem,
-    barriers,
-    eighth,
-    SAVE: gl.constexpr,
+def finish_activation(
+    tensors, sizes, place, d_smem, barriers, first, last, SAVE: gl.constexpr, WARPS: gl.constexpr
 ):
-    """WARPS warps: a finished tile is 128 gates and the same columns' ups.
+    """Halves `first` to `last` - 1 of a tile: 128 gates and the same columns' ups.
 
     They leave by TMA as they are, and as silu(gate) * up * row_weight.
     """
-    _full, _empty, facts_full, facts_empty, d_full, d_empty = barriers
+    act_ptr, gate_desc, up_desc, row_weight_ptr = tensors
+    m, n_tile, phase = place
+    _full, _empty, _facts_full, _facts_empty, d_full, d_empty = barriers
+    # 16 bytes a thread: a strip's rows of 128 bytes in one go.
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    HALF: gl.constexpr = STRIPS // 2
     PAIRS: gl.constexpr = CHUNKS // 2
-    I = eighth * 8  # noqa: E741
+    I = sizes[0] * 8  # noqa: E741 (so the compiler knows that 16 bytes never cross the end)
+    n = n_tile * (CHUNK * PAIRS)
+    # Strips of the chunks' rows: the same bytes.
     strips = d_smem._reinterpret(d_smem.dtype, [STRIPS * CHUNKS, STRIP, CHUNK], d_smem.layout)
     rows = gl.arange(0, STRIP, gl.SliceLayout(1, layout))
     columns = gl.arange(0, CHUNK, gl.SliceLayout(0, layout))
-
-    count = 0
-    mbarrier.wait(facts_full.index(0), 0)
-    while receive(facts_smem, count % FACT_SLOTS, 0, WARPS) > 0:
-        slot = count % FACT_SLOTS
-        m = receive(facts_smem, slot, 1, WARPS)
-        n = receive(facts_smem, slot, 2, WARPS) * (CHUNK * PAIRS)
+    act = act_ptr + (gl.cast(m, gl.int64) * I + n)
+    weight = gl.load(row_weight_ptr + m + first * (HALF * STRIP) + rows)
+    for w in range(first, last):
+        mbarrier.wait(d_full.index(w), phase)
+        if SAVE:
+            for c in gl.static_range(PAIRS):
+                here = [m + w * 64, n + c * CHUNK]
+                gate_chunk = d_smem.index(w * CHUNKS + c)
+                up_chunk = d_smem.index(w * CHUNKS + PAIRS + c)
+                tma.async_copy_shared_to_global(gate_desc, here, gate_chunk)
+                tma.async_copy_shared_to_global(up_desc, here, up_chunk)
+        for inside in range(HALF):
+            block = w * HALF + inside
+            weight_1 = gl.load(row_weight_ptr + m + min(block + 1, STRIPS - 1) * STRIP + rows)
+            places = gl.expand_dims(block * STRIP + rows, 1) * I
+            for c in gl.static_range(PAIRS):
+                gate = strips.index((w * CHUNKS + c) * HALF + inside).load(layout)
+                up = strips.index((w * CHUNKS + PAIRS + c) * HALF + inside).load(layout)
+                gate = gate.to(gl.float32)
+                value = gate * sigmoid(gate) * up.to(gl.float32) * gl.expand_dims(weight, 1)
+                column = gl.expand_dims(c * CHUNK + columns, 0)
+                gl.store(act + places + column, value.to(d_smem.dtype), mask=column < I - n)
+            weight = weight_1
+        if SAVE:
+            tma.store_wait(0)
         gl.thread_barrier()
-        mbarrier.arrive(facts_empty.index(slot))
-        first = act_ptr + (gl.cast(m, gl.int64) * I + n)
-        weight = gl.load(row_weight_ptr + m + rows)
-        for w in range(2):
-            mbarrier.wait(d_full.index(w), count & 1)
-            if SAVE:
-                for c in gl.static_range(PAIRS):
-                    place = [m + w * 64, n + c * CHUNK]
-                    gate_chunk = d_smem.index(w * CHUNKS + c)
-                    up_chunk = d_smem.index(w * CHUNKS + PAIRS + c)
-                    tma.async_copy_shared_to_global(gate_desc, place, gate_chunk)
-                    tma.async_copy_shared_to_global(up_desc, place, up_chunk)
-            for inside in range(HALF):
-                block = w * HALF + inside
-                weight_1 = gl.load(row_weight_ptr + m + min(block + 1, STRIPS - 1) * STRIP + rows)
-                places = gl.expand_dims(block * STRIP + rows, 1) * I
-                for c in gl.static_range(PAIRS):
-                    gate = strips.index((w * CHUNKS + c) * HALF + inside).load(layout)
-                    up = strips.index((w * CHUNKS + PAIRS + c) * HALF + inside).load(layout)
-                    gate = gate.to(gl.float32)
-                    act = gate * sigmoid(gate) * up.to(gl.float32) * gl.expand_dims(weight, 1)
-                    column = gl.expand_dims(c * CHUNK + columns, 0)
-                    gl.store(first + places + column, act.to(d_smem.dtype), mask=column < I - n)
-                weight = weight_1
-            if SAVE:
-                tma.store_wait(0)
-            gl.thread_barrier()
-            mbarrier.arrive(d_empty.index(w))
-        count += 1
-        mbarrier.wait(facts_full.index(count % FACT_SLOTS), count // FACT_SLOTS & 1)
+        mbarrier.arrive(d_empty.index(w))
+
+
+# ---- Backward ----
 
 
 @gluon.jit
-def strip_places(strip, width, stride):
-    """Offsets of a strip's numbers from a tile's first, and which columns are below `width`.
-
-    Strips run along a row of four first. Past the last strip there is nothing.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    row = strip // CHUNKS * STRIP
-    column = strip % CHUNKS * CHUNK
-    if strip >= STRIPS * CHUNKS:
-        width = 0
-    rows = row + gl.arange(0, STRIP, gl.SliceLayout(1, layout))
-    columns = column + gl.arange(0, CHUNK, gl.SliceLayout(0, layout))
-    places = gl.expand_dims(rows, 1) * stride + gl.expand_dims(columns, 0)
-    return places, gl.expand_dims(columns < width, 0)
-
-
-@gluon.jit
-def load_strip(gate, up, strip, width, stride):
-    places, exist = strip_places(strip, width, stride)
+def load_strip(gate_up, places, columns, width, c: gl.constexpr):
+    """gate and up of a strip, chunk c of its rows' 256 columns, of which `width` exist."""
+    gate_ptr, up_ptr = gate_up
+    exist = gl.expand_dims(c * CHUNK + columns < width, 0)
     return (
-        gl.load(gate + places, mask=exist, other=0.0),
-        gl.load(up + places, mask=exist, other=0.0),
+        gl.load(gate_ptr + places + c * CHUNK, mask=exist, other=0.0),
+        gl.load(up_ptr + places + c * CHUNK, mask=exist, other=0.0),
     )
 
 
@@ -157,68 +136,176 @@ def backward(d, gate, up, weight):
 
 
 @gluon.jit
-def swiglu_backward_tiles(
-    gate_up_ptr,
-    d_gate_up_ptr,
-    row_weight_ptr,
-    parts_ptr,
+def add_parts(sums_ptr, row, R, num_n, WARPS: gl.constexpr):
+    """d_row_weight of 64 rows, by the last program that has left its part of it.
+
+    sums_ptr points to d_row_weight [R], how many parts each 64 rows have [R / 64] (fp32, too), the
+    counter of tiles [1] and the parts [num_n, R]. These are added in the N tiles' order: the same
+    bits in every run.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([PARTS, 1], [1, 32], [1, WARPS], [0, 1])
+    if gl.atomic_add(sums_ptr + R + row // 64, 1.0) == num_n - 1:
+        rows = row + gl.arange(0, 64, gl.SliceLayout(0, layout))
+        parts = sums_ptr + R + R // 64 + 1
+        total = gl.zeros([64], gl.float32, gl.SliceLayout(0, layout))
+        for t in range(0, num_n, PARTS):
+            tiles = gl.expand_dims(t + gl.arange(0, PARTS, gl.SliceLayout(1, layout)), 1)
+            places = tiles.to(gl.int64) * R + gl.expand_dims(rows, 0)
+            total += gl.sum(gl.load(parts + places, mask=tiles < num_n, other=0.0), 0)
+        gl.store(sums_ptr + rows, total)
+
+
+@gluon.jit
+def finish_gradient(tensors, sizes, place, d_smem, barriers, first, last, WARPS: gl.constexpr):
+    """Halves `first` to `last` - 1 of a tile: d_gate, d_up and each row's part of d_row_weight."""
+    gate_up_ptr, d_gate_up_ptr, row_weight_ptr, sums_ptr = tensors
+    eighth, R = sizes
+    m, n_tile, phase = place
+    _full, _empty, _facts_full, _facts_empty, d_full, d_empty = barriers
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    I = eighth * 8  # noqa: E741
+    strips = d_smem._reinterpret(d_smem.dtype, [STRIPS * CHUNKS, STRIP, CHUNK], d_smem.layout)
+    rows = gl.arange(0, STRIP, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, CHUNK, gl.SliceLayout(0, layout))
+    end = m + last * (HALF * STRIP)
+    row = m + first * (HALF * STRIP)
+    n = n_tile * (CHUNK * CHUNKS)
+    width = I - n
+    here = gl.cast(row, gl.int64) * (2 * I) + n
+    gate_up = (gate_up_ptr + here, gate_up_ptr + here + I)
+    d_gate_ptr = d_gate_up_ptr + here
+    num_n = (I + CHUNK * CHUNKS - 1) // (CHUNK * CHUNKS)
+    parts = sums_ptr + gl.cast(n_tile + 1, gl.int64) * R + R // 64 + 1
+    places = gl.expand_dims(rows, 1) * (2 * I) + gl.expand_dims(columns, 0)
+    ahead = ()
+    for c in gl.static_range(CHUNKS):
+        ahead = ahead + load_strip(gate_up, places, columns, width, c)
+    weight = gl.load(row_weight_ptr + row + rows)
+    for w in range(first, last):
+        mbarrier.wait(d_full.index(w), phase)
+        for inside in range(HALF):
+            # Below the last rows there is nothing to load.
+            width_1 = width
+            if row + STRIP == end:
+                width_1 = 0
+            places_1 = places + STRIP * 2 * I
+            weight_1 = gl.load(row_weight_ptr + min(row + STRIP, end - STRIP) + rows)
+            row_sums = gl.zeros([STRIP], gl.float32, gl.SliceLayout(1, layout))
+            now = ahead
+            ahead = ()
+            for c in gl.static_range(CHUNKS):
+                d = strips.index((w * CHUNKS + c) * HALF + inside).load(layout).to(gl.float32)
+                d_gate, d_up, product = backward(
+                    d, now[2 * c], now[2 * c + 1], gl.expand_dims(weight, 1)
+                )
+                row_sums += gl.sum(product, 1)
+                exist = gl.expand_dims(c * CHUNK + columns < width, 0)
+                into = d_gate_ptr + places + c * CHUNK
+                gl.store(into, d_gate.to(d_smem.dtype), mask=exist)
+                gl.store(into + I, d_up.to(d_smem.dtype), mask=exist)
+                ahead = ahead + load_strip(gate_up, places_1, columns, width_1, c)
+            gl.store(parts + row + rows, row_sums)
+            row += STRIP
+            places = places_1
+            weight = weight_1
+        gl.thread_barrier()
+        mbarrier.arrive(d_empty.index(w))
+        add_parts(sums_ptr, row - HALF * STRIP, R, num_n, WARPS)
+
+
+@gluon.jit
+def prefetch_gate_up(gate_up_ptr, m, n, I):  # noqa: E741
+    """Asks for a tile's gate and up in L2."""
+    rows = m + gl.arange(0, STRIPS * STRIP, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    address = gate_up_ptr + (rows.to(gl.int64) * (2 * I) + n)
+    size = rows * 0 + 2 * min(I - n, CHUNK * CHUNKS)
+    prefetch(address, size)
+    prefetch(address + I, size)
+
+
+# ---- Both ----
+
+
+@gluon.jit
+def finish(
+    tensors,
+    sizes,
+    place,
+    d_smem,
+    barriers,
+    first,
+    last,
+    BACKWARD: gl.constexpr,
+    SAVE: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    if BACKWARD:
+        finish_gradient(tensors, sizes, place, d_smem, barriers, first, last, WARPS)
+    else:
+        finish_activation(tensors, sizes, place, d_smem, barriers, first, last, SAVE, WARPS)
+
+
+@gluon.jit
+def finish_tiles(
+    tensors, sizes, d_smem, facts_smem, barriers, BACKWARD: gl.constexpr, SAVE: gl.constexpr
+):
+    """WARPS warps: all tiles but the last."""
+    _full, _empty, facts_full, facts_empty, _d_full, _d_empty = barriers
+    count = 0
+    mbarrier.wait(facts_full.index(0), 0)
+    exists = receive(facts_smem, 0, 0, FACTS, WARPS)
+    while exists > 0:
+        slot = count % FACT_SLOTS
+        m = receive(facts_smem, slot, 1, FACTS, WARPS)
+        n_tile = receive(facts_smem, slot, 2, FACTS, WARPS)
+        gl.thread_barrier()
+        mbarrier.arrive(facts_empty.index(slot))
+        if BACKWARD:
+            prefetch_gate_up(tensors[0], m, n_tile * (CHUNK * CHUNKS), sizes[0] * 8)
+        place = (m, n_tile, count & 1)
+        # Known before this tile's products end: its loads have ended when the next tile is named.
+        count += 1
+        mbarrier.wait(facts_full.index(count % FACT_SLOTS), count // FACT_SLOTS & 1)
+        exists = receive(facts_smem, count % FACT_SLOTS, 0, FACTS, WARPS)
+        if exists > 0:
+            finish(tensors, sizes, place, d_smem, barriers, 0, 2, BACKWARD, SAVE, WARPS)
+
+
+@gluon.jit
+def multiply_and_finish(
+    rows_smem,
+    weight_smem,
+    tensors,
+    sizes,
     d_smem,
     facts_smem,
     barriers,
-    eighth,
-    R,
+    K,
+    W: gl.constexpr,
+    BACKWARD: gl.constexpr,
+    SAVE: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
-    """WARPS warps: d_gate, d_up and each row's part of d_row_weight. `eighth` is I / 8."""
-    _full, _empty, facts_full, facts_empty, d_full, d_empty = barriers
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    I = eighth * 8  # noqa: E741 (so the compiler knows that 16 bytes never cross the end)
-    # Strips of the chunks' rows: the same bytes.
-    strips = d_smem._reinterpret(d_smem.dtype, [STRIPS * CHUNKS, STRIP, CHUNK], d_smem.layout)
-    HALF: gl.constexpr = STRIPS // 2
-    rows = gl.arange(0, STRIP, gl.SliceLayout(1, layout))
-
+    """Warpgroup W of two: rows 64 W to 64 W + 63 of every tile, and what becomes of the last's."""
+    full, empty, facts_full, facts_empty, d_full, d_empty = barriers
+    steps = 0
     count = 0
     mbarrier.wait(facts_full.index(0), 0)
-    while receive(facts_smem, count % FACT_SLOTS, 0, WARPS) > 0:
-        slot = count % FACT_SLOTS
-        m = receive(facts_smem, slot, 1, WARPS)
-        n_tile = receive(facts_smem, slot, 2, WARPS)
-        gl.thread_barrier()
-        mbarrier.arrive(facts_empty.index(slot))
-        n = n_tile * (CHUNK * CHUNKS)
-        width = I - n
-        first = gl.cast(m, gl.int64) * (2 * I) + n
-        gate_ptr = gate_up_ptr + first
-        up_ptr = gate_ptr + I
-        d_gate_ptr = d_gate_up_ptr + first
-        d_up_ptr = d_gate_ptr + I
-        parts = parts_ptr + gl.cast(n_tile, gl.int64) * R + m
-        gate, up = load_strip(gate_ptr, up_ptr, 0, width, 2 * I)
-        gate_1, up_1 = load_strip(gate_ptr, up_ptr, 1, width, 2 * I)
-        weight = gl.load(row_weight_ptr + m + rows)
-        for w in range(2):
-            mbarrier.wait(d_full.index(w), count & 1)
-            for inside in range(HALF):
-                block = w * HALF + inside
-                weight_1 = gl.load(row_weight_ptr + m + min(block + 1, STRIPS - 1) * STRIP + rows)
-                products = gl.zeros([STRIP, CHUNK], gl.float32, layout)
-                for chunk in gl.static_range(CHUNKS):
-                    strip = block * CHUNKS + chunk
-                    gate_2, up_2 = load_strip(gate_ptr, up_ptr, strip + 2, width, 2 * I)
-                    d = strips.index((w * CHUNKS + chunk) * HALF + inside).load(layout)
-                    d = d.to(gl.float32)
-                    d_gate, d_up, product = backward(d, gate, up, gl.expand_dims(weight, 1))
-                    products += product
-                    places, exist = strip_places(strip, width, 2 * I)
-                    gl.store(d_gate_ptr + places, d_gate.to(gate.dtype), mask=exist)
-                    gl.store(d_up_ptr + places, d_up.to(gate.dtype), mask=exist)
-                    gate, up, gate_1, up_1 = gate_1, up_1, gate_2, up_2
-                gl.store(parts + block * STRIP + rows, gl.sum(products, 1))
-                weight = weight_1
-            gl.thread_barrier()
-            mbarrier.arrive(d_empty.index(w))
+    while receive(facts_smem, count % FACT_SLOTS, 0, FACTS, 4) > 0:
+        acc, steps = multiply_tile(
+            rows_smem, weight_smem, full, empty, steps, K, W, not BACKWARD, STAGES
+        )
+        leave_tile(d_smem, acc, d_full, d_empty, count, W, SAVE)
+        mbarrier.arrive(facts_empty.index(count % FACT_SLOTS))
         count += 1
         mbarrier.wait(facts_full.index(count % FACT_SLOTS), count // FACT_SLOTS & 1)
+    if count > 0:
+        # After the end the loading warp names nothing: the last tile's facts are still there.
+        slot = (count - 1) % FACT_SLOTS
+        m = receive(facts_smem, slot, 1, FACTS, 4)
+        n_tile = receive(facts_smem, slot, 2, FACTS, 4)
+        place = (m, n_tile, (count - 1) & 1)
+        finish(tensors, sizes, place, d_smem, barriers, W, W + 1, BACKWARD, SAVE, 4)
 
 
 @gluon.jit(
@@ -231,7 +318,7 @@ def swiglu_backward_hopper_kernel(
     gate_up_ptr,
     d_gate_up_ptr,
     row_weight_ptr,
-    parts_ptr,
+    sums_ptr,
     offsets_ptr,
     counter_ptr,
     num_experts,
@@ -242,28 +329,28 @@ def swiglu_backward_hopper_kernel(
     ROWS: gl.constexpr,
     GROUP_M: gl.constexpr,
     STEPS: gl.constexpr,
-    DYNAMIC: gl.constexpr,
+    TAKE_OVER: gl.constexpr,
 ):
     rows, weight, d, facts, barriers = allocate_pipeline(d_out_desc, w2_desc, STAGES)
+    tensors = (gate_up_ptr, d_gate_up_ptr, row_weight_ptr, sums_ptr)
+    sizes = (eighth, R)
     gl.warp_specialize(
         [
             (
-                multiply_tiles,
-                (rows, weight, d, facts, barriers, K, gl.constexpr(0), False, False, STAGES),
+                multiply_and_finish,
+                (rows, weight, tensors, sizes, d, facts, barriers, K, gl.constexpr(0), True, False,
+                 STAGES),
             ),
             (
-                multiply_tiles,
-                (rows, weight, d, facts, barriers, K, gl.constexpr(1), False, False, STAGES),
+                multiply_and_finish,
+                (rows, weight, tensors, sizes, d, facts, barriers, K, gl.constexpr(1), True, False,
+                 STAGES),
             ),
-            (
-                swiglu_backward_tiles,
-                (gate_up_ptr, d_gate_up_ptr, row_weight_ptr, parts_ptr, d, facts, barriers, eighth,
-                 R),
-            ),
+            (finish_tiles, (tensors, sizes, d, facts, barriers, True, False)),
             (
                 load_tiles,
                 (d_out_desc, w2_desc, rows, weight, facts, barriers, offsets_ptr, counter_ptr,
-                 num_experts, eighth * 8, K, False, STAGES, ROWS, GROUP_M, STEPS, DYNAMIC),
+                 num_experts, eighth * 8, K, False, STAGES, ROWS, GROUP_M, STEPS, TAKE_OVER),
             ),
         ],
         [4, 2, 1],
@@ -292,27 +379,28 @@ def gate_up_hopper_kernel(
     ROWS: gl.constexpr,
     GROUP_M: gl.constexpr,
     STEPS: gl.constexpr,
-    DYNAMIC: gl.constexpr,
+    TAKE_OVER: gl.constexpr,
 ):
     rows, weight, d, facts, barriers = allocate_pipeline(rows_desc, w13_desc, STAGES)
+    tensors = (act_ptr, gate_desc, up_desc, row_weight_ptr)
+    sizes = (eighth,)
     gl.warp_specialize(
         [
             (
-                multiply_tiles,
-                (rows, weight, d, facts, barriers, K, gl.constexpr(0), True, SAVE, STAGES),
+                multiply_and_finish,
+                (rows, weight, tensors, sizes, d, facts, barriers, K, gl.constexpr(0), False, SAVE,
+                 STAGES),
             ),
             (
-                multiply_tiles,
-                (rows, weight, d, facts, barriers, K, gl.constexpr(1), True, SAVE, STAGES),
+                multiply_and_finish,
+                (rows, weight, tensors, sizes, d, facts, barriers, K, gl.constexpr(1), False, SAVE,
+                 STAGES),
             ),
-            (
-                activation_tiles,
-                (act_ptr, gate_desc, up_desc, row_weight_ptr, d, facts, barriers, eighth, SAVE),
-            ),
+            (finish_tiles, (tensors, sizes, d, facts, barriers, False, SAVE)),
             (
                 load_tiles,
                 (rows_desc, w13_desc, rows, weight, facts, barriers, offsets_ptr, counter_ptr,
-                 num_experts, eighth * 16, K, True, STAGES, ROWS, GROUP_M, STEPS, DYNAMIC),
+                 num_experts, eighth * 16, K, True, STAGES, ROWS, GROUP_M, STEPS, TAKE_OVER),
             ),
         ],
         [4, 2, 1],
@@ -329,10 +417,11 @@ def gate_up_hopper(
     gate_up: torch.Tensor | None,
     *,
     num_sms: int,
+    take_over: bool = False,
     config: HopperConfig | None = None,
 ) -> None:
     """As grouped_swiglu.grouped_gate_up; act is computed from the two as they are stored."""
-    config = config or GATE_UP
+    config = config or LONG_STEPS
     (R, H), L, I = rows.shape, w13.shape[0], act.shape[1]  # noqa: E741
     strip, box = [BLOCK_M // 2, 64], [2, BLOCK_N // 2, config.block_k]
     gate_desc = up_desc = describe(act, strip)
@@ -342,7 +431,7 @@ def gate_up_hopper(
             TensorDescriptor(half, [R, I], [2 * I, 1], strip, shared_layout(strip, act.dtype))
             for half in (gate_up, gate_up[:, I:])
         )
-    grid = (max(1, min(num_sms, R // BLOCK_M * triton.cdiv(2 * I, BLOCK_N))),)
+    grid = (max(1, min(num_sms, R // BLOCK_M * ceil_div(2 * I, BLOCK_N))),)
     gate_up_hopper_kernel[grid](
         describe(rows, [BLOCK_M // 2, config.block_k]),
         # Matrices 2e and 2e + 1 are expert e's gate and up: one box brings 128 rows of both.
@@ -352,7 +441,7 @@ def gate_up_hopper(
         act,
         row_weight,
         expert_offsets,
-        tile_counter(rows) if config.dynamic else expert_offsets,
+        tile_counter(rows) if take_over else expert_offsets,
         L,
         H,
         I // 8,
@@ -360,8 +449,8 @@ def gate_up_hopper(
         STAGES=config.stages,
         ROWS=BLOCK_M,
         GROUP_M=config.group_m,
-        STEPS=(L - 1).bit_length(),
-        DYNAMIC=config.dynamic,
+        STEPS=register_steps(L),
+        TAKE_OVER=take_over,
         num_warps=4,
     )
 
@@ -375,15 +464,16 @@ def swiglu_backward_hopper(
     d_gate_up: torch.Tensor,
     *,
     num_sms: int,
+    take_over: bool = False,
     config: HopperConfig | None = None,
 ) -> torch.Tensor:
     """As grouped_swiglu.grouped_swiglu_backward."""
-    config = config or SWIGLU_BACKWARD
+    config = config or LONG_STEPS
     (R, H), (L, _, I) = d_out.shape, w2.shape  # noqa: E741
-    num_n = triton.cdiv(I, BLOCK_N)
-    # One fill for the parts and, behind them, the counter.
-    scratch = torch.zeros(num_n * R + 1, dtype=torch.float32, device=d_out.device)
-    parts, counter = scratch[:-1].view(num_n, R), scratch[-1:].view(torch.int32)
+    num_n = ceil_div(I, BLOCK_N)
+    zeros = R + R // 64 + 1  # as add_parts says
+    sums = torch.empty(zeros + num_n * R, dtype=torch.float32, device=d_out.device)
+    sums[:zeros].zero_()
     rows_desc, weight_desc = describe_operands(d_out, w2, False, config.block_k)
     grid = (max(1, min(num_sms, R // BLOCK_M * num_n)),)
     swiglu_backward_hopper_kernel[grid](
@@ -392,9 +482,9 @@ def swiglu_backward_hopper(
         gate_up,
         d_gate_up,
         row_weight,
-        parts,
+        sums,
         expert_offsets,
-        counter,
+        sums[zeros - 1 : zeros].view(torch.int32),
         L,
         H,
         I // 8,
@@ -402,8 +492,8 @@ def swiglu_backward_hopper(
         STAGES=config.stages,
         ROWS=BLOCK_M,
         GROUP_M=config.group_m,
-        STEPS=(L - 1).bit_length(),
-        DYNAMIC=config.dynamic,
+        STEPS=register_steps(L),
+        TAKE_OVER=take_over,
         num_warps=4,
     )
-    return parts.sum(0)
+    return sums[:R]

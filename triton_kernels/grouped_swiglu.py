@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .arithmetic import ceil_div
 from .tiles import (
     BLOCK_M,
     GATE_UP,
     SWIGLU_BACKWARD,
     TileConfig,
-    has_gluon_kernels,
+    is_hopper,
     locate_tile,
     search_steps,
     split_columns,
@@ -77,7 +78,6 @@ def gate_up_kernel(
     H,
     I,  # noqa: E741
     SAVE: tl.constexpr,
-    TWO_DOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -98,24 +98,12 @@ def gate_up_kernel(
             tile, offsets_ptr, num_experts, num_n, BLOCK_M, GROUP_M, STEPS
         )
         n = n_tile * HALF
-        if TWO_DOTS:
-            gate = tl.zeros((BLOCK_M, HALF), tl.float32)
-            up = tl.zeros((BLOCK_M, HALF), tl.float32)
-            for k in range(num_k):
-                a = rows_desc.load([m, k * BLOCK_K])
-                gate = tl.dot(
-                    a, w13_desc.load([2 * expert, n, k * BLOCK_K]).reshape(HALF, BLOCK_K).T, gate
-                )
-                up = tl.dot(
-                    a, w13_desc.load([2 * expert + 1, n, k * BLOCK_K]).reshape(HALF, BLOCK_K).T, up
-                )
-        else:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for k in range(num_k):
-                a = rows_desc.load([m, k * BLOCK_K])
-                b = w13_desc.load([2 * expert, n, k * BLOCK_K]).reshape(BLOCK_N, BLOCK_K)
-                acc = tl.dot(a, b.T, acc)
-            gate, up = split_columns(acc)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(num_k):
+            a = rows_desc.load([m, k * BLOCK_K])
+            b = w13_desc.load([2 * expert, n, k * BLOCK_K]).reshape(BLOCK_N, BLOCK_K)
+            acc = tl.dot(a, b.T, acc)
+        gate, up = split_columns(acc)
         row_weight = tl.load(row_weight_ptr + m + tl.arange(0, BLOCK_M))
         store_activation(act_desc, gate_desc, up_desc, m, n, gate, up, row_weight, SAVE, SPLIT)
 
@@ -129,8 +117,8 @@ def grouped_gate_up(
     gate_up: torch.Tensor | None,
     *,
     num_sms: int,
-    config=GATE_UP,
-    two_dots: bool = False,
+    take_over: bool = False,
+    config=None,
 ) -> None:
     """act = silu(rows @ gate.T) * (rows @ up.T) * row_weight.
 
@@ -139,14 +127,17 @@ def grouped_gate_up(
     w13         [L, 2I, H], rows 0..I-1 gate, I..2I-1 up
     act         [R, I], written up to row expert_offsets[-1]
     gate_up     [R, 2I] the values before SwiGLU for the backward, or None
-    config      a TileConfig, or a HopperConfig for the Gluon kernel
-    two_dots    two dots of width block_n / 2 instead of one of block_n: the same sums
+    take_over, config: as grouped_gemm.grouped_gemm's
+
+    Hopper's kernel computes act from gate and up as they are stored, this one from the fp32 sums.
     """
+    if config is None and not is_hopper(rows.device):
+        config = GATE_UP
     if not isinstance(config, TileConfig):
         from .grouped_hopper_swiglu import gate_up_hopper
 
         tensors = (rows, row_weight, w13, expert_offsets, act, gate_up)
-        gate_up_hopper(*tensors, num_sms=num_sms, config=config)
+        gate_up_hopper(*tensors, num_sms=num_sms, take_over=take_over, config=config)
         return
     (R, H), (L, twice, _) = rows.shape, w13.shape
     I = twice // 2  # noqa: E741
@@ -158,10 +149,10 @@ def grouped_gate_up(
         # Each half has its own bounds: a partial tile of gates does not run into the ups.
         gate_desc = TensorDescriptor(gate_up, [R, I], [2 * I, 1], strip)
         up_desc = TensorDescriptor(gate_up[:, I:], [R, I], [2 * I, 1], strip)
-    grid = (max(1, min(num_sms, R // BLOCK_M * triton.cdiv(I, half))),)
+    grid = (max(1, min(num_sms, R // BLOCK_M * ceil_div(I, half))),)
     gate_up_kernel[grid](
         TensorDescriptor(rows, rows.shape, rows.stride(), [BLOCK_M, block_k]),
-        TensorDescriptor(w13, [2 * L, I, H], [I * H, H, 1], [1 if two_dots else 2, half, block_k]),
+        TensorDescriptor(w13, [2 * L, I, H], [I * H, H, 1], [2, half, block_k]),
         act_desc,
         gate_desc,
         up_desc,
@@ -171,7 +162,6 @@ def grouped_gate_up(
         H,
         I,
         SAVE=gate_up is not None,
-        TWO_DOTS=two_dots,
         BLOCK_M=BLOCK_M,
         BLOCK_N=config.block_n,
         BLOCK_K=block_k,
@@ -265,6 +255,7 @@ def grouped_swiglu_backward(
     d_gate_up: torch.Tensor,
     *,
     num_sms: int,
+    take_over: bool = False,
     config=None,
 ) -> torch.Tensor:
     """Goes back through the down projection and SwiGLU.
@@ -275,19 +266,20 @@ def grouped_swiglu_backward(
     d_gate_up  [R, 2I], written up to row expert_offsets[-1]
     Returns d_row_weight [R] fp32, 0 past expert_offsets[-1]. Every N tile writes its own sums,
     which are then added in the tiles' order: the same bits in every run and for every `num_sms`.
-    `config` is a TileConfig, or a HopperConfig for the Gluon kernel, which Hopper gets by default.
+    `take_over` and `config` are as grouped_gemm.grouped_gemm's.
     """
-    if config is None and not has_gluon_kernels(d_out):
+    if config is None and not is_hopper(d_out.device):
         config = SWIGLU_BACKWARD
     if not isinstance(config, TileConfig):
         from .grouped_hopper_swiglu import swiglu_backward_hopper
 
         tensors = (d_out, w2, gate_up, row_weight, expert_offsets, d_gate_up)
-        return swiglu_backward_hopper(*tensors, num_sms=num_sms, config=config)
+        how = {"num_sms": num_sms, "take_over": take_over, "config": config}
+        return swiglu_backward_hopper(*tensors, **how)
     (R, H), (L, _, I) = d_out.shape, w2.shape  # noqa: E741
     block_n, block_k = config.block_n, config.block_k
     strip = block_n // config.split
-    num_n = triton.cdiv(I, block_n)
+    num_n = ceil_div(I, block_n)
     parts = torch.zeros((num_n, R), dtype=torch.float32, device=d_out.device)
     grid = (max(1, min(num_sms, R // BLOCK_M * num_n)),)
     swiglu_backward_kernel[grid](

@@ -1,20 +1,16 @@
 """dW[l] = y[rows of l].T @ x[rows of l]: weight gradients, launches that a scheduler may delay.
 
-Adding to main_grad on a Hopper GPU is `grouped_wgrad_hopper`'s; the kernel here does the rest.
+Adding to main_grad on a Hopper GPU is `grouped_wgrad_hopper`'s, as is what draws its tiles; the
+kernel here does the rest.
 """
-
-from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tiles import BLOCK_M, WGRAD, WGRAD_ACCUMULATE, TileConfig, split_columns
-
-if TYPE_CHECKING:
-    from .grouped_wgrad_hopper import HopperConfig
+from .arithmetic import ceil_div
+from .tiles import BLOCK_M, WGRAD, WGRAD_ACCUMULATE, TileConfig, is_hopper, split_columns
 
 
 @triton.jit
@@ -92,12 +88,6 @@ def grouped_wgrad_kernel(
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
 
-@cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether kernels for Hopper run there; Triton's interpreter has tensors on the CPU."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def grouped_wgrad(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -106,23 +96,27 @@ def grouped_wgrad(
     *,
     accumulate: bool,
     num_sms: int,
-    config: "TileConfig | HopperConfig | None" = None,
+    config=None,
 ) -> torch.Tensor:
     """dw[l] = y_l.T @ x_l, or += with `accumulate`.
 
     y   [R, M], x [R, N]; rows that pad an expert must be zero in one and finite in the other
     dw  [L, M, N]; fp32 with `accumulate`. An expert without rows gets zeros, or keeps its values.
+
+    `config` is a TileConfig, or a WgradConfig for the Gluon kernel, which Hopper GPUs run for dw in
+    bf16 and fp32. It always draws its tiles, as grouped_gemm.grouped_gemm does to take over SMs.
     """
-    for_hopper = accumulate if config is None else not isinstance(config, TileConfig)
-    if for_hopper and is_hopper(y.device):
+    narrow = dw.dtype == torch.float16  # never measured, nor tried
+    if config is None and (narrow or not is_hopper(y.device)):
+        config = WGRAD_ACCUMULATE if accumulate else WGRAD
+    if not isinstance(config, TileConfig):
         from .grouped_wgrad_hopper import grouped_wgrad_hopper
 
         how = {"accumulate": accumulate, "num_sms": num_sms, "config": config}
         return grouped_wgrad_hopper(y, x, expert_offsets, dw, **how)
-    config = config or (WGRAD_ACCUMULATE if accumulate else WGRAD)
     (R, M), N, L = y.shape, x.shape[1], dw.shape[0]
     block_n, block_k = config.block_n, config.block_k
-    grid = (max(1, min(num_sms, L * triton.cdiv(M, BLOCK_M) * triton.cdiv(N, block_n))),)
+    grid = (max(1, min(num_sms, L * ceil_div(M, BLOCK_M) * ceil_div(N, block_n))),)
     grouped_wgrad_kernel[grid](
         TensorDescriptor(y, y.shape, y.stride(), [block_k, BLOCK_M]),
         TensorDescriptor(x, x.shape, x.stride(), [block_k, block_n]),

@@ -1,21 +1,21 @@
-"""main_grad[l] += y[rows of l].T @ x[rows of l] on Hopper: fp32 read and written once.
-
-At E64 T32768 H7168 I2048 the products take 2.6 ms at full speed, but 7.5 GB of main_grad have to
-be read and written, 3.5 ms of DRAM: so old values are on their way while products run. Roles:
+"""dw[l] = y[rows of l].T @ x[rows of l] on Hopper, or += in fp32: every value of main_grad is read
+and written once, in L2.
 
     loader     one warp: draws tiles, tells all others of them, loads y and x by TMA
-    computing  warpgroups of 64 x 256 results each; all share the wider operand
-    carrier    one warp for each of them: brings old values into strips of shared memory before they
-               are needed, and takes the sums from there to main_grad
+    computing  two warpgroups of 64 x 256 results each, which share the wider operand
+    carrier    one warp for each of them: takes its results from shared memory to dw
 
-Warpgroups need not keep step: what one does with its strips, another's products hide, as far as the
-ring of operands lets it fall behind.
+When adding, the wide side of a tile is dw's rows. A thread of a product has results in pairs along
+the wide side: fp32 strips then meet no bank of shared memory twice, where 8 bytes a thread in
+swizzled rows of 128 do. Two-byte results are stored as they lie.
+
+At E64 T32768 H7168 I2048 the products of W13 take 2.6 ms at full speed, but 7.5 GB of main_grad
+have to be read and written, 3.5 ms of DRAM: docs/MEASURED.md.
 """
 
 from dataclasses import dataclass
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -25,16 +25,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .attention_tiles import (
-    allocate,
-    allocate_barriers,
-    allocate_integers,
-    matrix,
-    send,
-    shared_layout,
-)
+from .arithmetic import ceil_div
+from .attention_tiles import allocate, allocate_barriers, allocate_integers, matrix, send
+from .tiles_hopper import DRAW_AHEAD, describe, draw, prefetch, receive, split_columns, tile_counter
 from .tma_reduce import async_reduce_add
 
 WIDE = gl.constexpr(256)  # columns of a warpgroup's results: 128 registers a thread
@@ -42,43 +36,34 @@ GROUP = gl.constexpr(8)  # tiles along the wide side that share the narrow opera
 
 # Integers of a tile: steps along the rows (0 after the last tile), expert, first row and column.
 FACTS = gl.constexpr(4)
-FACT_SLOTS = gl.constexpr(2)
+FACT_SLOTS = gl.constexpr(4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class HopperConfig:
+class WgradConfig:
     """Compile-time shape of the kernel.
 
     block_k   rows of y and x of a step
     stages    steps in flight, 0.75 block_k KiB each
     strip     of the 256 results along the wide side that a buffer holds: 64 x strip of them
-    buffers   of each warpgroup
-    tall      the wide side is main_grad's rows. A thread of a product has results in pairs along
-              the wide side: fp32 strips then meet no bank of shared memory twice, where 8 bytes a
-              thread in swizzled rows of 128 do
-    load      old values come to the SM, which adds; otherwise TMA adds in L2
+    buffers   of each warpgroup; a warpgroup goes on when all its results are in buffers
     prefetch  main_grad's old values into L2 as soon as a tile is known
     """
 
     block_k: int = 64
-    stages: int = 3
-    strip: int = 64
+    stages: int = 4
+    strip: int = 32
     buffers: int = 2
-    tall: bool = True
-    load: bool = True
-    prefetch: bool = True
+    prefetch: bool = False
 
 
 # Shared memory in KiB: 0.75 stages block_k, and strip · buffers / 2 for fp32, half that for bf16.
-HOPPER_ACCUMULATE = HopperConfig()  # 144 + 64
-HOPPER_BF16 = HopperConfig(stages=4, tall=False, load=False, prefetch=False)  # 192 + 32
-
-
-@gluon.jit
-def receive(slots, slot, i: gl.constexpr, count: gl.constexpr, WARPS: gl.constexpr):
-    """Integer i of a slot that `send` filled."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    return gl.sum(slots.index(slot * count + i).load(layout), 0)
+MAIN_GRAD = WgradConfig()  # 192 + 32
+# With few rows an expert, DRAM bounds the time and old values better come early: 10 % at 512 rows.
+# At 2048 they drive operands out of L2: 5 to 8 % lost.
+MAIN_GRAD_FEW_ROWS = WgradConfig(prefetch=True)
+FEW_ROWS = 1024
+BF16 = WgradConfig(stages=3, strip=64, buffers=4)  # 144 + 64: all results
 
 
 @gluon.jit
@@ -91,7 +76,6 @@ def load_operands(
     counter,
     sizes,
     ACCUMULATE: gl.constexpr,
-    TALL: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """The loading warp. Tiles count expert by expert; when accumulating, only experts with rows."""
@@ -103,7 +87,7 @@ def load_operands(
     stage_bytes: gl.constexpr = 2 * a_desc.block_type.nbytes + b_desc.block_type.nbytes
     tiles_an_expert = num_a * num_b
 
-    tile = gl.program_id(0)
+    drawn = draw(counter)
     count = 0
     step = 0
     # `rank` experts before `expert` have tiles.
@@ -112,6 +96,7 @@ def load_operands(
     start = gl.load(offsets)
     end = gl.load(offsets + 1)
     while expert < num_experts:
+        tile = gl.sum(drawn, 0)
         wanted = tile // tiles_an_expert
         if ACCUMULATE:
             while (expert < num_experts) & ((end <= start) | (rank < wanted)):
@@ -140,13 +125,15 @@ def load_operands(
                 num_k = 1
             slot = count % FACT_SLOTS
             mbarrier.wait(facts_empty.index(slot), (count // FACT_SLOTS & 1) ^ 1)
-            if TALL:
+            if ACCUMULATE:
                 send(facts_smem, slot, (num_k, expert, b, a), FACTS)
             else:
                 send(facts_smem, slot, (num_k, expert, a, b), FACTS)
             mbarrier.arrive(facts_full.index(slot))
             count += 1
-            for _k in range(num_k):
+            for k in range(num_k):
+                if k == max(num_k - DRAW_AHEAD, 0):
+                    drawn = draw(counter)
                 slot = step % STAGES
                 mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
                 here = full.index(slot)
@@ -157,7 +144,6 @@ def load_operands(
                     tma.async_copy_global_to_shared(a_desc, [row, a + w * NARROW], here, buffer)
                 row += BLOCK_K
                 step += 1
-            tile = gl.num_programs(0) + gl.atomic_add(counter, 1)
     slot = count % FACT_SLOTS
     mbarrier.wait(facts_empty.index(slot), (count // FACT_SLOTS & 1) ^ 1)
     send(facts_smem, slot, (0, 0, 0, 0), FACTS)
@@ -165,48 +151,31 @@ def load_operands(
 
 
 @gluon.jit
-def split_columns(x):
-    """Left and right half of [64, columns]: renames registers, a thread has both halves."""
-    half: gl.constexpr = x.shape[1] // 2
-    return x.reshape(64, 2, half).permute(0, 2, 1).split()
-
-
-@gluon.jit
-def add_strips(
-    acc,
-    strips,
-    full,
-    ready,
-    count,
-    FIRST: gl.constexpr,
-    W: gl.constexpr,
-    TALL: gl.constexpr,
-    LOAD: gl.constexpr,
+def leave_strips(
+    acc, strips, full, empty, count, FIRST: gl.constexpr, W: gl.constexpr, ACCUMULATE: gl.constexpr
 ):
-    """Adds acc [64, columns] to its strips in shared memory, the first of which is FIRST."""
+    """Copies acc [64, columns] to its strips in shared memory, the first of which is FIRST."""
     BUFFERS: gl.constexpr = strips.shape[0] // 2
     STRIP: gl.constexpr = strips.shape[2] * strips.shape[3] // 64
     columns: gl.constexpr = acc.shape[1]
     if columns > STRIP:
         left, right = split_columns(acc)
         middle: gl.constexpr = FIRST + columns // STRIP // 2
-        add_strips(left, strips, full, ready, count, FIRST, W, TALL, LOAD)
-        add_strips(right, strips, full, ready, count, middle, W, TALL, LOAD)
+        leave_strips(left, strips, full, empty, count, FIRST, W, ACCUMULATE)
+        leave_strips(right, strips, full, empty, count, middle, W, ACCUMULATE)
     else:
         layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STRIP, 16])
         slot: gl.constexpr = W * BUFFERS + FIRST % BUFFERS
         turns: gl.constexpr = WIDE // STRIP // BUFFERS
         turn: gl.constexpr = FIRST // BUFFERS
-        value = gl.convert_layout(acc, layout)
         buffer = matrix(strips, slot)
-        if TALL:
+        if ACCUMULATE:
             buffer = buffer.permute((1, 0))
-        mbarrier.wait(full.index(slot), (count * turns + turn) & 1)
-        if LOAD:
-            value = value + buffer.load(layout)
-        buffer.store(value.to(strips.dtype))
+        mbarrier.wait(empty.index(slot), (count * turns + turn & 1) ^ 1)
+        buffer.store(gl.convert_layout(acc, layout, assert_trivial=True).to(strips.dtype))
         fence_async_shared()
-        mbarrier.arrive(ready.index(slot))
+        gl.thread_barrier()
+        mbarrier.arrive(full.index(slot))
 
 
 @gluon.jit
@@ -215,14 +184,13 @@ def compute_tiles(
     barriers,
     strip_barriers,
     W: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
     STAGES: gl.constexpr,
-    TALL: gl.constexpr,
-    LOAD: gl.constexpr,
 ):
     """Warpgroup W: its 64 of the narrow side, times 256."""
     a_smem, b_smem, strips, facts_smem = smem
     full, empty, facts_full, facts_empty = barriers
-    strip_full, strip_ready = strip_barriers
+    strip_full, strip_empty = strip_barriers
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
 
     count = 0
@@ -230,20 +198,21 @@ def compute_tiles(
     mbarrier.wait(facts_full.index(0), 0)
     num_k = receive(facts_smem, 0, 0, FACTS, 4)
     while num_k > 0:
-        mbarrier.arrive(facts_empty.index(count % FACT_SLOTS))
         acc = gl.zeros([64, WIDE], gl.float32, layout)
         for k in range(num_k):
             slot = step % STAGES
             mbarrier.wait(full.index(slot), step // STAGES & 1)
             a = a_smem.index(2 * slot + W).permute((1, 0))
             acc = warpgroup_mma(a, b_smem.index(slot), acc, is_async=True)
+            # The product before this one has ended: its stage may be filled again.
             acc = warpgroup_mma_wait(1, (acc,))
             if k > 0:
                 mbarrier.arrive(empty.index((step - 1) % STAGES))
             step += 1
         acc = warpgroup_mma_wait(0, (acc,))
         mbarrier.arrive(empty.index((step - 1) % STAGES))
-        add_strips(acc, strips, strip_full, strip_ready, count, 0, W, TALL, LOAD)
+        leave_strips(acc, strips, strip_full, strip_empty, count, 0, W, ACCUMULATE)
+        mbarrier.arrive(facts_empty.index(count % FACT_SLOTS))
         count += 1
         slot = count % FACT_SLOTS
         mbarrier.wait(facts_full.index(slot), count // FACT_SLOTS & 1)
@@ -251,82 +220,12 @@ def compute_tiles(
 
 
 @gluon.jit
-def prefetch_tile(dw_ptr, expert, m, n, M, N, TALL: gl.constexpr):
-    """Asks for a warpgroup's 64 x 256 numbers of main_grad in L2: eight of them, a sector of 32
-    bytes, an address, because what prefetch takes for a line is not documented."""
-    sectors: gl.constexpr = 8 if TALL else WIDE // 8
-    i = gl.arange(0, 256, gl.BlockedLayout([1], [32], [1], [0]))
-    first = dw_ptr + gl.cast(expert, gl.int64) * M * N
-    column = gl.minimum(n + i % sectors * 8, N - 1)
-    for _ in range(8):
-        row = gl.minimum(m + i // sectors, M - 1)
-        prefetch(first + (gl.cast(row, gl.int64) * N + column))
-        m += 256 // sectors
-
-
-@gluon.jit
-def prefetch(address):
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], gl.int32, False, 1
-    )
-
-
-@gluon.jit
-def put_strips(
-    dw_desc,
-    tile,
-    strips,
-    ready,
-    use,
-    FIRST: gl.constexpr,
-    W: gl.constexpr,
-    TALL: gl.constexpr,
-    ADD: gl.constexpr,
-):
-    """Starts warpgroup W's buffers, use `use`, on their way to strips FIRST and on of a tile."""
-    BUFFERS: gl.constexpr = strips.shape[0] // 2
-    STRIP: gl.constexpr = strips.shape[2] * strips.shape[3] // 64
-    expert, m, n = tile
-    for b in gl.static_range(BUFFERS):
-        mbarrier.wait(ready.index(W * BUFFERS + b), use & 1)
-        if TALL:
-            place = [expert, m + (FIRST + b) * STRIP, n]
-        else:
-            place = [expert, m, n + (FIRST + b) * STRIP]
-        if ADD:
-            async_reduce_add(dw_desc, place, strips.index(W * BUFFERS + b))
-        else:
-            tma.async_copy_shared_to_global(dw_desc, place, strips.index(W * BUFFERS + b))
-
-
-@gluon.jit
-def fetch_strips(
-    dw_desc,
-    tile,
-    strips,
-    full,
-    FIRST: gl.constexpr,
-    W: gl.constexpr,
-    TALL: gl.constexpr,
-    LOAD: gl.constexpr,
-):
-    """Fills each buffer of warpgroup W with old values as soon as it has left."""
-    BUFFERS: gl.constexpr = strips.shape[0] // 2
-    STRIP: gl.constexpr = strips.shape[2] * strips.shape[3] // 64
-    expert, m, n = tile
-    for b in gl.static_range(BUFFERS):
-        tma.store_wait(BUFFERS - 1 - b)
-        here = full.index(W * BUFFERS + b)
-        if LOAD:
-            mbarrier.expect(here, dw_desc.block_type.nbytes)
-            if TALL:
-                place = [expert, m + (FIRST + b) * STRIP, n]
-            else:
-                place = [expert, m, n + (FIRST + b) * STRIP]
-            buffer = strips.index(W * BUFFERS + b)
-            tma.async_copy_global_to_shared(dw_desc, place, here, buffer)
-        else:
-            mbarrier.arrive(here)
+def prefetch_tile(dw_ptr, expert, m, n, M, N):
+    """Asks for a warpgroup's 256 x 64 numbers of main_grad in L2."""
+    rows = gl.minimum(m + gl.arange(0, WIDE, gl.BlockedLayout([1], [32], [1], [0])), M - 1)
+    if n < N:
+        first = dw_ptr + (gl.cast(expert, gl.int64) * M * N + n)
+        prefetch(first + rows.to(gl.int64) * N, rows * 0 + 4 * min(N - n, 64))
 
 
 @gluon.jit
@@ -339,27 +238,18 @@ def carry_strips(
     barriers,
     strip_barriers,
     W: gl.constexpr,
-    TALL: gl.constexpr,
     ACCUMULATE: gl.constexpr,
-    LOAD: gl.constexpr,
     PREFETCH: gl.constexpr,
 ):
-    """The warp that brings warpgroup W its old values and takes its sums away.
-
-    A buffer is full when the warpgroup may use it, ready when it has. A tile uses each of them
-    `turns` times; all of a turn leave before they are filled for the next.
-    """
+    """The warp that takes warpgroup W's results away. A tile uses each buffer `turns` times."""
     _a_smem, _b_smem, strips, facts_smem = smem
     _full, _empty, facts_full, facts_empty = barriers
-    full, ready = strip_barriers
+    full, empty = strip_barriers
     BUFFERS: gl.constexpr = strips.shape[0] // 2
-    turns: gl.constexpr = WIDE * 64 // (strips.shape[2] * strips.shape[3]) // BUFFERS
-    last: gl.constexpr = (turns - 1) * BUFFERS
-    ADD: gl.constexpr = ACCUMULATE and not LOAD
+    STRIP: gl.constexpr = strips.shape[2] * strips.shape[3] // 64
+    turns: gl.constexpr = WIDE // STRIP // BUFFERS
 
     count = 0
-    use = 0
-    tile = (0, 0, 0)
     mbarrier.wait(facts_full.index(0), 0)
     while receive(facts_smem, count % FACT_SLOTS, 0, FACTS, 1) > 0:
         slot = count % FACT_SLOTS
@@ -367,27 +257,27 @@ def carry_strips(
         m = receive(facts_smem, slot, 2, FACTS, 1)
         n = receive(facts_smem, slot, 3, FACTS, 1)
         mbarrier.arrive(facts_empty.index(slot))
-        if TALL:
+        if ACCUMULATE:
             n += W * 64
         else:
             m += W * 64
         if PREFETCH:
-            prefetch_tile(dw_ptr, expert, m, n, M, N, TALL)
-        if count > 0:
-            put_strips(dw_desc, tile, strips, ready, use - 1, last, W, TALL, ADD)
-        tile = (expert, m, n)
-        fetch_strips(dw_desc, tile, strips, full, 0, W, TALL, LOAD)
-        for turn in gl.static_range(1, turns):
-            put_strips(
-                dw_desc, tile, strips, ready, use + turn - 1, (turn - 1) * BUFFERS, W, TALL, ADD
-            )
-            fetch_strips(dw_desc, tile, strips, full, turn * BUFFERS, W, TALL, LOAD)
-        use += turns
+            prefetch_tile(dw_ptr, expert, m, n, M, N)
+        for turn in gl.static_range(turns):
+            for b in gl.static_range(BUFFERS):
+                mbarrier.wait(full.index(W * BUFFERS + b), count * turns + turn & 1)
+                strip = (turn * BUFFERS + b) * STRIP
+                if ACCUMULATE:
+                    async_reduce_add(dw_desc, [expert, m + strip, n], strips.index(W * BUFFERS + b))
+                else:
+                    tma.async_copy_shared_to_global(
+                        dw_desc, [expert, m, n + strip], strips.index(W * BUFFERS + b)
+                    )
+            for b in gl.static_range(BUFFERS):
+                tma.store_wait(BUFFERS - 1 - b)
+                mbarrier.arrive(empty.index(W * BUFFERS + b))
         count += 1
         mbarrier.wait(facts_full.index(count % FACT_SLOTS), count // FACT_SLOTS & 1)
-    if count > 0:
-        put_strips(dw_desc, tile, strips, ready, use - 1, last, W, TALL, ADD)
-        tma.store_wait(0)
 
 
 @gluon.jit(
@@ -408,11 +298,9 @@ def grouped_wgrad_hopper_kernel(
     M,
     N,
     ACCUMULATE: gl.constexpr,
-    TALL: gl.constexpr,
-    PREFETCH: gl.constexpr,
     STAGES: gl.constexpr,
     BUFFERS: gl.constexpr,
-    LOAD: gl.constexpr,
+    PREFETCH: gl.constexpr,
 ):
     a_smem = allocate(a_desc, 2 * STAGES)
     b_smem = allocate(b_desc, STAGES)
@@ -423,48 +311,39 @@ def grouped_wgrad_hopper_kernel(
     facts_full = allocate_barriers(FACT_SLOTS, 1)
     # Two warpgroups and two carriers read them.
     facts_empty = allocate_barriers(FACT_SLOTS, 4)
-    strip_full = allocate_barriers(2 * BUFFERS, 1)
-    strip_ready = allocate_barriers(2 * BUFFERS, 1)
-
+    strip_barriers = (allocate_barriers(2 * BUFFERS, 1), allocate_barriers(2 * BUFFERS, 1))
     barriers = (full, empty, facts_full, facts_empty)
-    strip_barriers = (strip_full, strip_ready)
     sizes = (num_experts, num_a, num_b, rows)
     smem = (a_smem, b_smem, strips, facts_smem)
     gl.warp_specialize(
         [
             (
                 compute_tiles,
-                (smem, barriers, strip_barriers, gl.constexpr(0), STAGES, TALL, LOAD),
+                (smem, barriers, strip_barriers, gl.constexpr(0), ACCUMULATE, STAGES),
             ),
             (
                 compute_tiles,
-                (smem, barriers, strip_barriers, gl.constexpr(1), STAGES, TALL, LOAD),
+                (smem, barriers, strip_barriers, gl.constexpr(1), ACCUMULATE, STAGES),
             ),
             (
                 load_operands,
                 (a_desc, b_desc, smem, barriers, offsets_table, counter_ptr, sizes, ACCUMULATE,
-                 TALL, STAGES),
+                 STAGES),
             ),
             (
                 carry_strips,
-                (dw_desc, dw_ptr, M, N, smem, barriers, strip_barriers, gl.constexpr(0), TALL,
-                 ACCUMULATE, LOAD, PREFETCH),
+                (dw_desc, dw_ptr, M, N, smem, barriers, strip_barriers, gl.constexpr(0),
+                 ACCUMULATE, PREFETCH),
             ),
             (
                 carry_strips,
-                (dw_desc, dw_ptr, M, N, smem, barriers, strip_barriers, gl.constexpr(1), TALL,
-                 ACCUMULATE, LOAD, PREFETCH),
+                (dw_desc, dw_ptr, M, N, smem, barriers, strip_barriers, gl.constexpr(1),
+                 ACCUMULATE, PREFETCH),
             ),
         ],
         [4, 1, 1, 1],
         [232, 40, 40, 40],
     )  # fmt: skip
-
-
-def describe(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(
-        x, list(x.shape), list(x.stride()), block, shared_layout(block, x.dtype)
-    )
 
 
 def grouped_wgrad_hopper(
@@ -475,7 +354,7 @@ def grouped_wgrad_hopper(
     *,
     accumulate: bool,
     num_sms: int,
-    config: HopperConfig | None = None,
+    config: WgradConfig | None = None,
 ) -> torch.Tensor:
     """dw[l] = y_l.T @ x_l, or += with `accumulate`.
 
@@ -484,19 +363,21 @@ def grouped_wgrad_hopper(
     dw  [L, M, N] contiguous; fp32 with `accumulate`. An expert without rows gets zeros, or keeps
         its values
     """
-    config = config or (HOPPER_ACCUMULATE if accumulate else HOPPER_BF16)
     (R, M), N, L = y.shape, x.shape[1], dw.shape[0]
-    a, b = (x, y) if config.tall else (y, x)
-    strip = [1, config.strip, 64] if config.tall else [1, 64, config.strip]
-    num_a = triton.cdiv(a.shape[1], 128)
-    num_b = triton.cdiv(b.shape[1], 256)
+    if config is None:
+        main_grad = MAIN_GRAD_FEW_ROWS if R // L < FEW_ROWS else MAIN_GRAD
+        config = main_grad if accumulate else BF16
+    a, b = (x, y) if accumulate else (y, x)
+    strip = [1, config.strip, 64] if accumulate else [1, 64, config.strip]
+    num_a = ceil_div(a.shape[1], 128)
+    num_b = ceil_div(b.shape[1], 256)
     grouped_wgrad_hopper_kernel[(max(1, min(num_sms, L * num_a * num_b)),)](
         describe(a, [config.block_k, 64]),
         describe(b, [config.block_k, 256]),
         describe(dw, strip),
         dw,
         expert_offsets,
-        torch.zeros(1, dtype=torch.int32, device=y.device),
+        tile_counter(y),
         L,
         num_a,
         num_b,
@@ -504,11 +385,9 @@ def grouped_wgrad_hopper(
         M,
         N,
         ACCUMULATE=accumulate,
-        TALL=config.tall,
-        PREFETCH=config.prefetch,
         STAGES=config.stages,
         BUFFERS=config.buffers,
-        LOAD=accumulate and config.load,
+        PREFETCH=config.prefetch,
         num_warps=4,
     )
     return dw

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import ceil_div, power_of_two
 from .row_tiles import offset, outer_strides, row_kernel, stride_unit
 
 __all__ = ["MAX_WIDTH", "rms_norm", "rms_norm_backward"]
@@ -25,7 +26,9 @@ MAX_STAGES = 4
 # Parts of d_weight at most, whatever num_sms is, so that it changes no bit: two for each of 132
 # SMs, 7.6 MB at H = 7168 beside 470 MB of rows.
 SEGMENTS = 264
-PARTS_COLUMNS = 64  # of all parts that a program adds: 112 of them at H = 7168
+# A program adds all parts of so many columns, loaded at once: 112 programs at H = 7168.
+PARTS = 512
+PARTS_COLUMNS = 64
 
 
 def tile_shape(H: int, bytes_per_number: int) -> dict[str, int]:
@@ -34,10 +37,9 @@ def tile_shape(H: int, bytes_per_number: int) -> dict[str, int]:
     H = 7168 with two bf16 tensors (4 bytes) gives tiles of 1 × 8192 and 4 stages, H = 128 tiles of
     64 × 128.
     """
-    columns = triton.next_power_of_2(H)
+    columns = power_of_two(H)
     rows = max(1, TILE // columns)
-    in_flight = SHARED // (rows * columns * bytes_per_number)
-    stages = max(1, min(MAX_STAGES, in_flight))
+    stages = min(MAX_STAGES, 1 + SHARED // (rows * columns * bytes_per_number))
     return dict(H=H, COLUMNS=columns, ROWS=rows, STAGES=stages, num_warps=rows * columns // 512)
 
 
@@ -82,6 +84,23 @@ def rms_norm_kernel(
         tl.store(rstd_table + row, rstd, mask=exists)
 
 
+@triton.jit
+def store_part(row_ptr, part, H: tl.constexpr, WIDTH: tl.constexpr):
+    """A row of sums [COLUMNS] fp32.
+
+    A thread has 8 neighbours of a bf16 row, a store takes 4 of fp32. Left to itself the compiler
+    keeps the sums in the store's order, and computes everything of every row in both.
+    """
+    if WIDTH == 8:
+        low, high = part.reshape(part.shape[0] // 8, 2, 4).permute(0, 2, 1).split()
+        column = tl.arange(0, part.shape[0] // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
+        tl.store(row_ptr + column, low, mask=column < H)
+        tl.store(row_ptr + column + 4, high, mask=column + 4 < H)
+    else:
+        column = tl.arange(0, part.shape[0])
+        tl.store(row_ptr + column, part, mask=column < H)
+
+
 @row_kernel
 def rms_norm_backward_kernel(
     d_normed_ptr,
@@ -101,6 +120,7 @@ def rms_norm_backward_kernel(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
     UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
     TILE: tl.constexpr = TILE,
 ):
     column = tl.arange(0, COLUMNS)[None, :]
@@ -108,15 +128,19 @@ def rms_norm_backward_kernel(
     if COLUMNS <= TILE:
         weight = tl.load(weight_ptr + column, mask=inside, other=0).to(tl.float32)
     tiles = tl.cdiv(num_rows, ROWS)
-    steps = tl.cdiv(tiles, segments)  # of a segment; some have one tile less
-    own = tl.cdiv(segments - tl.program_id(0), tl.num_programs(0))
+    base = tiles // segments  # tiles of a segment; the first `longer` ones have one more
+    longer = tiles % segments
+    segment = tl.program_id(0)
+    tile = segment * base + tl.minimum(segment, longer)
+    left = base + (segment < longer).to(tl.int32)
+    step_size = tl.num_programs(0)
+    own = tl.cdiv(segments - segment, step_size) * base
+    own += tl.cdiv(tl.maximum(longer - segment, 0), step_size)
     d_weight = tl.zeros((ROWS, COLUMNS), tl.float32)
     # One loop through all segments: at the end of one the loads of the next are in flight.
-    for step in tl.range(own * steps, num_stages=STAGES):
-        segment = tl.program_id(0) + step // steps * tl.num_programs(0)
-        tile = segment * tiles // segments + step % steps
+    for _ in tl.range(own, num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
-        exists = (row < num_rows) & (tile < (segment + 1) * tiles // segments)
+        exists = row < num_rows
         mask = exists[:, None] & inside
         d_normed = d_normed_ptr + offset(row, d_normed_row, UNIT)[:, None] + column
         d_normed = tl.load(d_normed, mask=mask, other=0).to(tl.float32)
@@ -135,10 +159,14 @@ def rms_norm_backward_kernel(
             dx += tl.load(d_hidden, mask=mask, other=0).to(tl.float32)
         target = dx_ptr + row[:, None].to(tl.int64) * H + column
         tl.store(target, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if step % steps == steps - 1:
-            part = tl.sum(d_weight, axis=0)[None, :]
-            tl.store(parts_ptr + tl.cast(segment, tl.int64) * H + column, part, mask=inside)
+        last = left == 1
+        if last:
+            part_ptr = parts_ptr + tl.cast(segment, tl.int64) * H
+            store_part(part_ptr, tl.sum(d_weight, axis=0), H, WIDTH)
             d_weight = tl.zeros((ROWS, COLUMNS), tl.float32)
+        segment = tl.where(last, segment + step_size, segment)
+        tile = tl.where(last, segment * base + tl.minimum(segment, longer), tile + 1)
+        left = tl.where(last, base + (segment < longer).to(tl.int32), left - 1)
 
 
 @row_kernel
@@ -180,7 +208,7 @@ def rms_norm(
     T, H = x.shape
     shape = tile_shape(H, x.element_size() * (1 if residual is None else 2))
     unit = stride_unit(x, residual)
-    rms_norm_kernel[(max(1, min(num_sms, triton.cdiv(T, shape["ROWS"]))),)](
+    rms_norm_kernel[(max(1, min(num_sms, ceil_div(T, shape["ROWS"]))),)](
         x,
         x.stride(0) // unit,
         residual,
@@ -214,7 +242,7 @@ def rms_norm_backward(
     """
     T, H = hidden.shape
     shape = tile_shape(H, hidden.element_size() * (2 if d_hidden is None else 3))
-    segments = min(SEGMENTS, triton.cdiv(T, shape["ROWS"]))
+    segments = min(SEGMENTS, ceil_div(T, shape["ROWS"]))
     unit = stride_unit(d_normed, d_hidden, hidden)
     parts = torch.empty(segments, H, dtype=torch.float32, device=hidden.device)
     rms_norm_backward_kernel[(max(1, min(num_sms, segments)),)](
@@ -231,10 +259,11 @@ def rms_norm_backward(
         T,
         segments,
         UNIT=unit,
+        WIDTH=16 // hidden.element_size(),
         **shape,
     )
     d_weight = torch.empty_like(weight)
-    add_parts_kernel[(max(1, min(num_sms, triton.cdiv(H, PARTS_COLUMNS))),)](
-        parts, d_weight, segments, H=H, PARTS=256, COLUMNS=PARTS_COLUMNS, num_warps=16
+    add_parts_kernel[(max(1, min(num_sms, ceil_div(H, PARTS_COLUMNS))),)](
+        parts, d_weight, segments, H=H, PARTS=PARTS, COLUMNS=PARTS_COLUMNS, num_warps=16
     )
     return d_weight

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import ceil_div
+
 __all__ = ["quantize_rows", "quantize_weights"]
 
 BLOCK = 128  # columns of a row, or side of a square, that share a scale
@@ -20,6 +22,14 @@ SMALLEST_AMAX = tl.constexpr(1e-4)  # a block of zeros still has a scale to divi
 # A tile of rows: 32 · 1024 bf16 numbers are 64 KiB in flight an SM, twice what hides a loaded
 # latency of 1 µs at 30 bytes a ns, and 4 vectors of 16 bytes a thread.
 ROWS, CHUNK, WARPS = 32, 1024, 32
+
+
+@triton.jit
+def to_fp8(x, dtype: tl.constexpr):
+    """x [rows, blocks, 128] fp32 as e4m3, and the blocks' scales [rows, blocks, 1]."""
+    amax = tl.maximum(tl.max(tl.abs(x), axis=2, keep_dims=True), SMALLEST_AMAX)
+    largest = tl.full(amax.shape, E4M3_MAX, tl.float32)
+    return (x * tl.div_rn(largest, amax)).to(dtype), tl.div_rn(amax, largest)
 
 
 @triton.jit(do_not_specialize=["num_experts", "R", "vectors"])
@@ -45,14 +55,12 @@ def quantize_rows_kernel(
         block = tile % chunks * (CHUNK // BLOCK) + blocks
         column = block * BLOCK + tl.arange(0, BLOCK)[None, None, :]
         place = row.to(tl.int64)[:, None, None] * K + column
-        # R and the last offset are multiples of 128: a tile has all its rows.
+        # The last offset is a multiple of 128: a tile has all its rows.
         x = tl.load(x_ptr + place, mask=column < K, other=0).to(tl.float32)
-        amax = tl.maximum(tl.max(tl.abs(x), axis=2, keep_dims=True), SMALLEST_AMAX)
-        largest = tl.full(amax.shape, E4M3_MAX, tl.float32)
-        q = (x * tl.div_rn(largest, amax)).to(q_ptr.dtype.element_ty)
+        q, scale = to_fp8(x, q_ptr.dtype.element_ty)
         tl.store(q_ptr + place, q, mask=column < K)
         target = scale_ptr + block.to(tl.int64) * R + row[:, None, None]
-        tl.store(target, tl.div_rn(amax, largest), mask=block * BLOCK < K)
+        tl.store(target, scale, mask=block * BLOCK < K)
 
 
 @triton.jit(do_not_specialize=["vectors_n", "vectors_k"])
@@ -95,7 +103,7 @@ def quantize_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rounds the rows of all experts to fp8.
 
-    x               [R, K] contiguous, R a multiple of 128, K of 16
+    x               [R, K] contiguous, K a multiple of 16
     expert_offsets  [L + 1] int32, multiples of 128, last <= R
 
     Returns q [R, K] e4m3 and scales [ceil(K / 128), R] fp32, x[r, c] ≈ q[r, c] scales[c // 128, r],
@@ -104,8 +112,8 @@ def quantize_rows(
     R, K = x.shape
     _check_widths(x, K)
     q = torch.empty_like(x, dtype=torch.float8_e4m3fn)
-    scales = x.new_empty((triton.cdiv(K, BLOCK), R), dtype=torch.float32)
-    tiles = R // ROWS * triton.cdiv(K, CHUNK)
+    scales = x.new_empty((ceil_div(K, BLOCK), R), dtype=torch.float32)
+    tiles = R // ROWS * ceil_div(K, CHUNK)
     quantize_rows_kernel[(max(1, min(num_sms, tiles)),)](
         x,
         q,
@@ -137,9 +145,7 @@ def quantize_weights(
     _check_widths(weight, N, K)
     q = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
     transposed = q.new_empty((L, K, N))
-    scales = weight.new_empty(
-        (L, triton.cdiv(N, BLOCK), triton.cdiv(K, BLOCK)), dtype=torch.float32
-    )
+    scales = weight.new_empty((L, ceil_div(N, BLOCK), ceil_div(K, BLOCK)), dtype=torch.float32)
     quantize_weights_kernel[(scales.numel(),)](
         weight,
         q,

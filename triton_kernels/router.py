@@ -29,10 +29,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["MAX_COLUMNS", "RouterConfig", "columns_of", "config_for", "route"]
+from .arithmetic import ceil_div, power_of_two
+from .router_tiles import BLOCK_E, block_of, columns_of, even_splits
 
-MAX_COLUMNS = 512
-EVEN = 128  # SMs that work is cut for, whatever num_sms is, so that it changes no bit
+__all__ = ["RouterConfig", "config_for", "route"]
+
 LOWEST = tl.constexpr(-(2**31))  # below every key of a score
 LOWEST_SCORE = tl.constexpr(-2139095041)  # the key of -inf
 
@@ -52,7 +53,6 @@ class RouterConfig:
     warps: int = 8
 
 
-BLOCK_E = 128  # columns of a part at most: 128 × 128 sums are 64 registers of 256 threads, twice
 CHOICE = 4096  # logits among which experts are chosen at once, 16 a thread
 
 # By experts, padded to a power of two. All tiles have 128 rows: with 64 Triton lays out the sums of
@@ -69,37 +69,9 @@ CONFIGS_FP32 = {
 }
 
 
-def columns_of(num_experts: int, n_groups: int) -> tuple[int, int]:
-    """Groups and experts a group of the kernel, both powers of two, 16 columns or more in all.
-
-    256 experts in 8 groups → (8, 32); 15 in 3 → (4, 8); 6 in one → (1, 16).
-    """
-    groups = triton.next_power_of_2(n_groups)
-    size = triton.next_power_of_2(num_experts // n_groups)
-    return groups, max(size, 16 // groups)
-
-
-def block_of(groups: int, size: int) -> tuple[int, int]:
-    """Groups and experts a group of a part: (8, 32) → (4, 32), (1, 512) → (1, 128)."""
-    passes = triton.cdiv(groups * size, BLOCK_E)
-    return (groups // passes, size) if groups >= passes else (groups, size // passes)
-
-
 def config_for(columns: int, dtype: torch.dtype) -> RouterConfig:
     table = CONFIGS_FP32 if dtype == torch.float32 else CONFIGS
     return next(config for most, config in table.items() if columns <= most)
-
-
-def even_splits(tiles: int, most: int) -> int:
-    """Splits of every tile, so that all parts together fill rounds of 128 SMs.
-
-    A part is charged 3 % of a tile for what it leaves in memory. 64 tiles → 2, 112 → 1, 16 → 8.
-    """
-
-    def time(splits):
-        return triton.cdiv(tiles * splits, EVEN) * (1 / splits + 0.03)
-
-    return min(range(1, min(most, 16) + 1), key=time)
 
 
 @triton.jit
@@ -126,11 +98,17 @@ def ordered(score):
 
 
 @triton.jit
+def unordered(key):
+    """The fp32 that `ordered` made the key of."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def take_best(key, column, LOWEST: tl.constexpr = LOWEST):
-    """Column of each row's largest key, the first of equals, and the keys without it."""
+    """Each row's largest key, its column, the first of equals, and the keys without it."""
     best = tl.max(key, axis=1)
     at = tl.min(tl.where(key == best[:, None], column, 1 << 30), axis=1)
-    return at, tl.where(column == at[:, None], LOWEST, key)
+    return best, at, tl.where(column == at[:, None], LOWEST, key)
 
 
 @triton.jit
@@ -156,7 +134,7 @@ def drop_groups(
     group = tl.arange(0, GROUPS)[None, :]
     group_key = ordered(best)
     for _ in range(KEEP):
-        _, group_key = take_best(group_key, group)
+        _, _, group_key = take_best(group_key, group)
     dropped = (group_key != LOWEST)[:, :, None]
     key = tl.where(dropped, LOWEST_SCORE, key.reshape(ROWS, GROUPS, SIZE))
     return key.reshape(ROWS, GROUPS * SIZE)
@@ -186,8 +164,10 @@ def choose_experts(
     COLUMNS: tl.constexpr = GROUPS * SIZE
     if SOFTMAX:
         ranking = tl.where(valid, logit, float("-inf"))
-        power = tl.exp(ranking - tl.max(ranking, axis=1)[:, None])
-        score = power / tl.sum(power, axis=1)[:, None]
+        top = tl.max(ranking, axis=1)
+        power = tl.exp(ranking - top[:, None])
+        total = tl.sum(power, axis=1)
+        score = power / total[:, None]
         probability = score
     else:
         score = tl.where(valid, 1 / (1 + tl.exp(-logit)), 0.0)
@@ -204,8 +184,11 @@ def choose_experts(
     index = tl.zeros((ROWS, K_POW2), tl.int32)
     weight = tl.zeros((ROWS, K_POW2), tl.float32)
     for k in range(K):
-        at, key = take_best(key, column)
-        here = tl.sum(tl.where(column == at[:, None], score, 0.0), axis=1)
+        best, at, key = take_best(key, column)
+        if SOFTMAX:
+            here = tl.exp(unordered(best) - top) / total
+        else:
+            here = tl.sum(tl.where(column == at[:, None], score, 0.0), axis=1)
         index = tl.where(route == k, (at // SIZE * GROUP_SIZE + at % SIZE)[:, None], index)
         weight = tl.where(route == k, here[:, None], weight)
     if RENORMALIZE:
@@ -349,22 +332,22 @@ def route(
     num_sms: int,
     part: torch.dtype = torch.bfloat16,
     config: RouterConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Chooses K experts for every token.
 
     x       [T, H], T ≥ 1, H a multiple of 8, contiguous, at a multiple of 16 bytes
     weight  [E, H] fp32, likewise; padded to powers of two (see `columns_of`) at most 512 experts
     bias    [E] fp32: sigmoid scores, chosen with this bias and by groups; None: softmax
 
-    Returns topk_idx [T, K] int32, topk_weight [T, K] fp32, logits [T, E] fp32 and sums [2, E] fp64:
-    each expert's probabilities added over the tokens, and how many chose it.
+    Returns topk_idx [T, K] int32, topk_weight [T, K] fp32, logits [T, E] fp32, each expert's
+    probabilities added over the tokens [E] fp32, and how many tokens chose it [E] int64.
     """
     (T, H), E = x.shape, weight.shape[0]
     groups, size = columns_of(E, n_groups)
     config = config or config_for(groups * size, x.dtype)
-    steps = triton.cdiv(H, config.block_k)
-    row_tiles = triton.cdiv(T, config.block_m)
-    passes = triton.cdiv(groups * size, BLOCK_E)
+    steps = ceil_div(H, config.block_k)
+    row_tiles = ceil_div(T, config.block_m)
+    passes = ceil_div(groups * size, BLOCK_E)
     splits = even_splits(row_tiles * passes, steps)
     fp32 = dict(dtype=torch.float32, device=x.device)
     logits = torch.empty(T, E, **fp32)
@@ -396,7 +379,7 @@ def route(
         route_scale,
         E=E,
         K=topk,
-        K_POW2=triton.next_power_of_2(topk),
+        K_POW2=power_of_two(topk),
         GROUPS=groups,
         SIZE=size,
         N_GROUPS=n_groups,
@@ -411,4 +394,5 @@ def route(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    return topk_idx, topk_weight, logits, sums.sum(0, dtype=torch.float64)
+    probability_sum, count = sums.sum(0, dtype=torch.float64)
+    return topk_idx, topk_weight, logits, probability_sum.float(), count.long()

@@ -21,7 +21,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .router import BLOCK_E, PARTS, even_splits, split_parts
+from .arithmetic import ceil_div, power_of_two
+from .router import PARTS, split_parts
+from .router_tiles import BLOCK_E, even_splits
 from .row_tiles import row_kernel
 
 __all__ = ["RouterBackwardConfig", "config_for", "route_backward"]
@@ -195,6 +197,7 @@ def route_backward(
     renormalize: bool,
     route_scale: float,
     num_sms: int,
+    hopper: bool = False,
     part: torch.dtype = torch.bfloat16,
     config: RouterBackwardConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,13 +206,15 @@ def route_backward(
     d_topk_weight      [T, K] fp32, contiguous, as topk_idx [T, K] int32
     d_probability_sum  [E] fp32, contiguous: of the probabilities added over the tokens
     x, weight, logits  as given to and returned by `router.route`
+    hopper             with the second kernel of `router_backward_hopper`: bf16, a Hopper GPU, at
+                       most 256 experts
     """
     (T, H), E, K = x.shape, weight.shape[0], topk_idx.shape[1]
-    width = triton.cdiv(E, 8) * 8  # TMA: rows of 16 bytes
+    width = ceil_div(E, 8) * 8  # TMA: rows of 16 bytes
     d_logits = torch.empty(2, T, width, dtype=part, device=x.device)
-    columns = max(16, triton.next_power_of_2(E))
+    columns = max(16, power_of_two(E))
     rows = ROWS_TILE // columns
-    d_logits_kernel[(max(1, min(num_sms, triton.cdiv(T, rows))),)](
+    d_logits_kernel[(max(1, min(num_sms, ceil_div(T, rows))),)](
         logits,
         topk_idx,
         d_topk_weight,
@@ -227,14 +232,18 @@ def route_backward(
         RENORMALIZE=renormalize,
         num_warps=8,
     )
+    if hopper:
+        from .router_backward_hopper import gradients_hopper
+
+        return gradients_hopper(d_logits, x, weight, num_sms=num_sms)
 
     columns = max(64, columns)  # an MMA of a warp group has 64 rows
     config = config or config_for(columns, x.dtype)
     block_t, block_n = config.block_t, config.block_n
-    passes = triton.cdiv(columns, BLOCK_E)
+    passes = ceil_div(columns, BLOCK_E)
     columns //= passes
-    strips = triton.cdiv(H, block_n)
-    splits = even_splits(strips, triton.cdiv(T, block_t))
+    strips = ceil_div(H, block_n)
+    splits = even_splits(strips, ceil_div(T, block_t))
     dx = torch.empty_like(x)
     d_weight = torch.empty(splits, E, H, dtype=torch.float32, device=x.device)
     route_backward_kernel[(max(1, min(num_sms, strips * splits)),)](

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .arithmetic import ceil_div, power_of_two
+
 VECTOR = 8  # elements: 16 bytes of bf16; H and strides of rows are multiples of it
 SCALE_BLOCK = 128  # columns that share an fp8 scale
 BLOCK = 128  # rows whose weights are moved at once: a weight a thread for 8 routes and 32 warps
@@ -39,12 +41,12 @@ class RowConfig:
         tiles of 8 × 1024 in 7 chunks, H = 136 tiles of 32 × 256 in one.
         """
         H = rows.shape[-1]
-        warps = max(4, self.warps // triton.cdiv(triton.next_power_of_2(routes), 8))
-        chunk = max(SCALE_BLOCK, min(self.chunk, triton.next_power_of_2(H)))
+        warps = max(4, self.warps // ceil_div(power_of_two(routes), 8))
+        chunk = max(SCALE_BLOCK, min(self.chunk, power_of_two(H)))
         elements = 32 * warps * self.vectors * 16 // rows.element_size()
         tile_rows = max(1, min(MAX_PADDING, elements // chunk))
         constants = dict(H=H, ROWS=tile_rows, CHUNK=chunk, num_warps=warps)
-        return constants, tile_rows, triton.cdiv(H, chunk)
+        return constants, tile_rows, ceil_div(H, chunk)
 
 
 def vector_strides(rows: torch.Tensor) -> tuple[int, ...]:

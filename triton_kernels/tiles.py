@@ -1,4 +1,7 @@
-"""Which tile a program computes next, and the tile shapes of the grouped GEMMs.
+"""Which tile a program computes next, and the tile shapes of the grouped GEMMs in plain Triton.
+
+They run on GPUs other than Hopper, which has grouped_hopper.py's, and for two-byte weight
+gradients.
 
 Letters: R rows in expert order, L local experts, H hidden, I expert width, M/N/K sides of a GEMM.
 
@@ -8,6 +11,7 @@ Every kernel is persistent: `num_sms` programs step through the tiles, `tile = p
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -87,9 +91,11 @@ def split_columns(x):
     return x.reshape(rows, 2, half).permute(0, 2, 1).split()
 
 
-def has_gluon_kernels(x: torch.Tensor) -> bool:
-    """Whether the kernels of grouped_hopper*.py run where x is: wgmma is Hopper's alone."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernels of grouped_*hopper*.py run there: wgmma is Hopper's alone. Triton's
+    interpreter has tensors on the CPU."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def search_steps(num_experts: int) -> int:

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from tests.grouped_fp8_cases import CASES, NAN, check_quantizers, make_problem, relative_error
+from tests.grouped_fp8_cases import (
+    CASES,
+    NAN,
+    check_quantizers,
+    check_swiglu,
+    make_problem,
+    make_swiglu,
+    relative_error,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,13 +33,13 @@ def problem(case):
     return make_problem(*(CASES | LARGE)[case], device="cuda")
 
 
-def run(here, num_sms: int = 132, **config) -> torch.Tensor:
+def run(here, num_sms: int = 132, turns: bool = True) -> torch.Tensor:
     """out [R, N], in memory that was full of NaN."""
     from dualpipe_ext.triton_kernels.grouped_fp8 import Fp8Config, grouped_fp8_gemm
 
     out = torch.full((len(here.rows), here.weight.shape[1]), NAN, dtype=torch.bfloat16)
     inputs = (here.q_rows, here.row_scale, here.q_weight, here.weight_scale, here.offsets)
-    return grouped_fp8_gemm(*inputs, out.cuda(), num_sms=num_sms, config=Fp8Config(**config))
+    return grouped_fp8_gemm(*inputs, out.cuda(), num_sms=num_sms, config=Fp8Config(turns=turns))
 
 
 @pytest.mark.parametrize("case", [*CASES, *LARGE])
@@ -44,7 +52,7 @@ def test_equals_fp64(case):
     assert out[here.end :].isnan().all()
 
 
-@pytest.mark.parametrize("turns", ["free", "issue", "run"])
+@pytest.mark.parametrize("turns", [True, False])
 @pytest.mark.parametrize("num_sms", [1, 108, 132])
 def test_schedule_changes_no_bit(turns, num_sms):
     here = problem("typical")
@@ -57,6 +65,15 @@ def test_schedule_changes_no_bit(turns, num_sms):
 def test_quantizers_equal_plain_torch(case):
     here = problem(case)
     check_quantizers(here.rows, here.weight, here)
+
+
+@pytest.mark.parametrize("num_sms", [1, 132])
+@pytest.mark.parametrize(
+    "counts, I, spare", [((0, 256, 0), 128, 72), ((128, 384), 640, 0), ((1024, 512), 2048, 128)]
+)
+def test_swiglu_equals_fp64(counts, I, spare, num_sms):  # noqa: E741
+    problem = make_swiglu(counts, I, spare, torch.bfloat16, device="cuda")
+    check_swiglu(*problem, num_sms, 3e-3)
 
 
 def test_transposed_weight_multiplies_the_other_way():

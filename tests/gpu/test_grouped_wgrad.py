@@ -50,7 +50,7 @@ def check(problem, counts, num_sms, accumulate=True, config=None):
             assert torch.equal(dw[expert], before[expert])
 
 
-@pytest.mark.parametrize("config", ["accumulate", "accumulate in L2", "bf16"])
+@pytest.mark.parametrize("config", ["accumulate", "accumulate, prefetch", "bf16"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_fp64(case, config):
     *sizes, num_sms = CASES[case]
@@ -58,7 +58,7 @@ def test_equals_fp64(case, config):
     check(make_problem(*sizes, device="cuda"), sizes[0], num_sms, accumulate, config)
 
 
-@pytest.mark.parametrize("config", ["accumulate, short steps", "accumulate, wide"])
+@pytest.mark.parametrize("config", ["accumulate, half buffered", "accumulate, buffered"])
 def test_other_configurations_equal_fp64(config):
     accumulate, config = configured(config)
     counts = (256, 0, 1024, 128)
