@@ -26,15 +26,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .fp8 import BLOCK, dequantize_rows, quantize_rows
 from .grouped_mlp import (
-    _accumulation_dtype,
-    _device_facts,
-    _has_triton,
     _require_alignment,
     _sm_count,
-    _spans,
     _wgrad,
 )
-from .operators import define
+from .grouped_reference import accumulation_dtype, expert_spans
+from .operators import define, device_facts, has_triton
 
 __all__ = ["Fp8Weight", "forget_fp8", "fp8_weight"]
 
@@ -241,8 +238,8 @@ def _wide_matrix(q: torch.Tensor, scales: torch.Tensor, wide: torch.dtype) -> to
 def _reference_forward(
     rows, row_scale, row_weight, q13, s13, q2, s2, expert_offsets, out, gate_up
 ) -> None:
-    wide = _accumulation_dtype(out.dtype)
-    for expert, (start, end) in enumerate(_spans(expert_offsets, len(rows))):
+    wide = accumulation_dtype(out.dtype)
+    for expert, (start, end) in enumerate(expert_spans(expert_offsets, len(rows))):
         here = slice(start, end)
         if row_scale is None:
             x = _rounded(rows[here], wide)
@@ -268,8 +265,8 @@ def _reference_dgrad(
     d_gate_up,
     act,
 ) -> None:
-    wide = _accumulation_dtype(dout.dtype)
-    for expert, (start, end) in enumerate(_spans(expert_offsets, len(dout))):
+    wide = accumulation_dtype(dout.dtype)
+    for expert, (start, end) in enumerate(expert_spans(expert_offsets, len(dout))):
         here = slice(start, end)
         d_act = _rounded(dout[here], wide) @ _wide_matrix(t2[expert], s2[expert].T, wide).T
         d_act = d_act.to(dout.dtype).to(wide)
@@ -292,7 +289,7 @@ def _use_kernels(tensor: torch.Tensor, implementation: str) -> bool:
     if implementation == "reference":
         return False
     fits = tensor.is_cuda and tensor.dtype == torch.bfloat16
-    fits = fits and _device_facts(tensor.device)[1][0] == 9 and _has_triton()
+    fits = fits and device_facts(tensor.device)[1][0] == 9 and has_triton()
     if implementation == "triton" and not fits:
         raise ValueError(
             f"implementation='triton' with precision='fp8' takes bfloat16 weights on a Hopper GPU "

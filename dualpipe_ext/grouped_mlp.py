@@ -12,15 +12,13 @@ plain torch anywhere.
 """
 
 import os
-import warnings
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
-from .routing import ROW_ALIGNMENT
+from .grouped_reference import reference_dgrad, reference_forward, reference_wgrad
+from .operators import define, device_facts, has_triton
 
 if TYPE_CHECKING:
     from .grouped_fp8 import Fp8Saved
@@ -77,8 +75,8 @@ def grouped_mlp(
         check_fp8(rows, None, w13, w2)
         how = (save, num_sms or 0, implementation, take_over)
         return forward(rows, None, row_weight, w13, w2, expert_offsets, *how)[0]
-    forward = torch.ops.dualpipe_ext.grouped_mlp_forward
-    return forward(*tensors, expert_offsets, save, num_sms or 0, implementation, take_over)[0]
+    how = (save, num_sms or 0, implementation, take_over)
+    return _forward_operator(*tensors, expert_offsets, *how)[0]
 
 
 @dataclass
@@ -132,7 +130,7 @@ def mlp_forward(
         out, gate_up, saved = forward(rows, row_scale, *tensors[1:], True, *how, take_over)
         return out, MLPSaved(*tensors, None, gate_up, None, *how, saved, take_over)
     how = (num_sms or 0, implementation)
-    out, act, gate_up = torch.ops.dualpipe_ext.grouped_mlp_forward(*tensors, True, *how, take_over)
+    out, act, gate_up = _forward_operator(*tensors, True, *how, take_over)
     return out, MLPSaved(*tensors, act, gate_up, None, *how, take_over=take_over)
 
 
@@ -158,7 +156,7 @@ def mlp_dgrad(
 
         drows, drow_weight, saved.d_gate_up, saved.act = dgrad(dout, saved, num_sms)
     else:
-        drows, drow_weight, saved.d_gate_up = torch.ops.dualpipe_ext.grouped_mlp_dgrad(
+        drows, drow_weight, saved.d_gate_up = _dgrad_operator(
             dout,
             saved.gate_up,
             saved.row_weight,
@@ -208,11 +206,10 @@ def _share(num_sms: int | None, take_over: bool | None, saved: MLPSaved) -> tupl
 
 def _wgrad(weight, y, x, *how) -> torch.Tensor | None:
     main_grad = getattr(weight, "main_grad", None)
-    ops = torch.ops.dualpipe_ext
     if main_grad is None:
-        return ops.grouped_wgrad(y, x, *how)
+        return _wgrad_operator(y, x, *how)
     _check_main_grad(main_grad, weight)
-    ops.grouped_wgrad_(main_grad, y, x, *how)
+    _wgrad_add_operator(main_grad, y, x, *how)
     return None
 
 
@@ -306,101 +303,20 @@ def _check_main_grad(main_grad: torch.Tensor, weight: torch.Tensor) -> None:
         )
 
 
-# ---- Plain torch: the oracle, and the path without a GPU ----
-
-
-def _spans(expert_offsets: torch.Tensor, R: int) -> list[tuple[int, int]]:
-    """First and end row of each expert, on the host."""
-    offsets = expert_offsets.tolist()
-    spans = list(pairwise(offsets))
-    if offsets[0] != 0 or offsets[-1] > R or any(a > b or a % ROW_ALIGNMENT for a, b in spans):
-        raise ValueError(
-            f"expert_offsets={offsets}: pass rising multiples of {ROW_ALIGNMENT} from 0 to at most "
-            f"R={R}, as in Plan.expert_offsets"
-        )
-    return spans
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _reference_forward(rows, row_weight, w13, w2, expert_offsets, out, act, gate_up) -> None:
-    wide = _accumulation_dtype(rows.dtype)
-    for expert, (start, end) in enumerate(_spans(expert_offsets, rows.shape[0])):
-        here = slice(start, end)
-        # Rounded first, as the Hopper kernel leaves gate and up in shared memory.
-        both = (rows[here].to(wide) @ w13[expert].to(wide).T).to(rows.dtype)
-        gate, up = both.to(wide).chunk(2, dim=1)
-        act[here] = torch.nn.functional.silu(gate) * up * row_weight[here, None]
-        out[here] = act[here].to(wide) @ w2[expert].to(wide).T
-        if gate_up is not None:
-            gate_up[here] = both
-
-
-def _reference_dgrad(
-    dout, gate_up, row_weight, w13, w2, expert_offsets, drows, drow_weight, d_gate_up
-) -> None:
-    wide = _accumulation_dtype(dout.dtype)
-    for expert, (start, end) in enumerate(_spans(expert_offsets, dout.shape[0])):
-        here = slice(start, end)
-        gate, up = gate_up[here].to(wide).chunk(2, dim=1)
-        weight = row_weight[here, None]
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        # Rounded once, as the Hopper kernel leaves it in shared memory.
-        d_act = (dout[here].to(wide) @ w2[expert].to(wide)).to(dout.dtype).to(wide)
-        drow_weight[here] = (d_act * silu * up).sum(1)
-        d_gate = d_act * weight * up * (sigmoid + silu * (1 - sigmoid))
-        d_up = d_act * weight * silu
-        d_gate_up[here] = torch.cat((d_gate, d_up), dim=1)
-        drows[here] = d_gate_up[here].to(wide) @ w13[expert].to(wide)
-
-
-def _reference_wgrad(y, x, expert_offsets, dw, accumulate: bool) -> None:
-    wide = _accumulation_dtype(y.dtype)
-    for expert, (start, end) in enumerate(_spans(expert_offsets, y.shape[0])):
-        product = y[start:end].to(wide).T @ x[start:end].to(wide)
-        if accumulate:
-            dw[expert] += product
-        else:
-            dw[expert] = product
-
-
 # ---- Choice of the implementation ----
-
-
-@cache
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        warnings.warn(
-            "Triton is not installed: the grouped MLP runs as a slow loop over experts. "
-            "Install triton, or pass implementation='reference' to silence this.",
-            stacklevel=2,
-        )
-        return False
-    return True
-
-
-@cache
-def _device_facts(device: torch.device) -> tuple[int, tuple[int, int]]:
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, (properties.major, properties.minor)
 
 
 def _use_triton(tensor: torch.Tensor, implementation: str) -> bool:
     if implementation == "reference":
         return False
     if tensor.is_cuda:
-        fits = _device_facts(tensor.device)[1] >= (9, 0)
+        fits = device_facts(tensor.device)[1] >= (9, 0)
         if implementation == "auto":
-            return fits and tensor.dtype == torch.bfloat16 and _has_triton()
+            return fits and tensor.dtype == torch.bfloat16 and has_triton()
         if not fits:
             raise ValueError(
                 f"implementation='triton' needs TMA, compute capability 9.0: {tensor.device} has "
-                f"{_device_facts(tensor.device)[1]}; pass implementation='auto'"
+                f"{device_facts(tensor.device)[1]}; pass implementation='auto'"
             )
         if tensor.dtype not in (torch.bfloat16, torch.float16):
             raise TypeError(
@@ -430,7 +346,7 @@ def _require_alignment(**tensors: torch.Tensor) -> None:
 def _sm_count(tensor: torch.Tensor, num_sms: int) -> int:
     if num_sms or not tensor.is_cuda:
         return num_sms or 1
-    return _device_facts(tensor.device)[0]
+    return device_facts(tensor.device)[0]
 
 
 # ---- Operators ----
@@ -444,7 +360,7 @@ def _forward(
     out, act = rows.new_empty(R, H), rows.new_empty(R, I)
     gate_up = rows.new_empty(R, 2 * I) if save else None
     if not _use_triton(rows, implementation):
-        _reference_forward(rows, row_weight, w13, w2, expert_offsets, out, act, gate_up)
+        reference_forward(rows, row_weight, w13, w2, expert_offsets, out, act, gate_up)
     elif R:
         from .triton_kernels.grouped_gemm import grouped_gemm
         from .triton_kernels.grouped_swiglu import grouped_gate_up
@@ -469,7 +385,7 @@ def _dgrad(
     drows, d_gate_up = dout.new_empty(R, H), torch.empty_like(gate_up)
     drow_weight = torch.zeros_like(row_weight)
     if not _use_triton(dout, implementation):
-        _reference_dgrad(
+        reference_dgrad(
             dout, gate_up, row_weight, w13, w2, expert_offsets, drows, drow_weight, d_gate_up
         )
     elif R:
@@ -492,7 +408,7 @@ def _dgrad_fake(dout, gate_up, row_weight, w13, w2, expert_offsets, *how):
 def _wgrad_into(dw, accumulate, y, x, expert_offsets, num_sms, implementation, take_over=False):
     y, x = y.contiguous(), x.contiguous()
     if not _use_triton(y, implementation):
-        _reference_wgrad(y, x, expert_offsets, dw, accumulate)
+        reference_wgrad(y, x, expert_offsets, dw, accumulate)
     elif y.shape[0]:
         from .triton_kernels.grouped_wgrad import grouped_wgrad
 
@@ -527,48 +443,36 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dout, _d_act, _d_gate_up):
     rows, row_weight, w13, w2, expert_offsets, act, gate_up = ctx.saved_tensors
     how = (expert_offsets, *ctx.how)
-    drows, drow_weight, d_gate_up = torch.ops.dualpipe_ext.grouped_mlp_dgrad(
-        dout, gate_up, row_weight, w13, w2, *how
-    )
+    drows, drow_weight, d_gate_up = _dgrad_operator(dout, gate_up, row_weight, w13, w2, *how)
     need = ctx.needs_input_grad
     dw13 = _wgrad(w13, d_gate_up, rows, *how) if need[2] else None
     dw2 = _wgrad(w2, dout, act, *how) if need[3] else None
     return drows, drow_weight, dw13, dw2, None, None, None, None, None
 
 
-# Library.define and impl cost about 1 us a call, torch.library.custom_op tens.
-_library = torch.library.Library("dualpipe_ext", "FRAGMENT")
 _HOW = "int num_sms, str implementation, bool take_over=False"
-for _schema, _implementation, _fake in (
-    (
-        "grouped_mlp_forward(Tensor rows, Tensor row_weight, Tensor w13, Tensor w2, "
-        f"Tensor expert_offsets, bool save, {_HOW}) -> (Tensor, Tensor, Tensor)",
-        _forward,
-        _forward_fake,
-    ),
-    (
-        "grouped_mlp_dgrad(Tensor dout, Tensor gate_up, Tensor row_weight, Tensor w13, Tensor w2, "
-        f"Tensor expert_offsets, {_HOW}) -> (Tensor, Tensor, Tensor)",
-        _dgrad,
-        _dgrad_fake,
-    ),
-    (
-        f"grouped_wgrad(Tensor y, Tensor x, Tensor expert_offsets, {_HOW}) -> Tensor",
-        _wgrad_new,
-        _wgrad_fake,
-    ),
-    (
-        "grouped_wgrad_(Tensor(a!) main_grad, Tensor y, Tensor x, Tensor expert_offsets, "
-        f"{_HOW}) -> ()",
-        _wgrad_add,
-        lambda *arguments: None,
-    ),
-):
-    _library.define(_schema)
-    _name = _schema.partition("(")[0]
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"dualpipe_ext::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "dualpipe_ext::grouped_mlp_forward", _backward, setup_context=_setup_context, lib=_library
+_forward_operator = define(
+    "grouped_mlp_forward(Tensor rows, Tensor row_weight, Tensor w13, Tensor w2, "
+    f"Tensor expert_offsets, bool save, {_HOW}) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _backward,
+    _setup_context,
+)
+_dgrad_operator = define(
+    "grouped_mlp_dgrad(Tensor dout, Tensor gate_up, Tensor row_weight, Tensor w13, Tensor w2, "
+    f"Tensor expert_offsets, {_HOW}) -> (Tensor, Tensor, Tensor)",
+    _dgrad,
+    _dgrad_fake,
+)
+_wgrad_operator = define(
+    f"grouped_wgrad(Tensor y, Tensor x, Tensor expert_offsets, {_HOW}) -> Tensor",
+    _wgrad_new,
+    _wgrad_fake,
+)
+_wgrad_add_operator = define(
+    "grouped_wgrad_(Tensor(a!) main_grad, Tensor y, Tensor x, Tensor expert_offsets, "
+    f"{_HOW}) -> ()",
+    _wgrad_add,
+    lambda *arguments: None,
 )

@@ -13,7 +13,15 @@ from functools import cache
 
 import torch
 
-__all__ = ["check_num_sms", "define", "sm_count", "use_triton", "wide"]
+__all__ = [
+    "check_num_sms",
+    "define",
+    "device_facts",
+    "has_triton",
+    "sm_count",
+    "use_triton",
+    "wide",
+]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -86,13 +94,13 @@ def define(
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     try:
         import triton  # noqa: F401
     except ImportError:
         warnings.warn(
-            "Triton is not installed: norm, rotary embedding, cross-entropy and router run in "
-            "plain torch, a kernel for every step. Install triton.",
+            "Triton is not installed: router, norm, rotary embedding, cross-entropy and experts, "
+            "one after the other, run in plain torch. Install triton.",
             stacklevel=2,
         )
         return False
@@ -100,7 +108,8 @@ def _has_triton() -> bool:
 
 
 @cache
-def _device_facts(device: torch.device) -> tuple[int, tuple[int, int]]:
+def device_facts(device: torch.device) -> tuple[int, tuple[int, int]]:
+    """Number of SMs and compute capability."""
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, (properties.major, properties.minor)
 
@@ -113,7 +122,7 @@ def use_triton(*tensors: torch.Tensor | None, tma: bool = False) -> bool:
         return False
     device = tensors[0].device
     if device.type == "cuda":
-        return (not tma or _device_facts(device)[1] >= (9, 0)) and _has_triton()
+        return (not tma or device_facts(device)[1] >= (9, 0)) and has_triton()
     return os.environ.get("TRITON_INTERPRET") == "1" and tensors[0].dtype != torch.bfloat16
 
 
@@ -121,7 +130,7 @@ def sm_count(tensor: torch.Tensor, num_sms: int) -> int:
     """`num_sms`, or all of the device's for 0; 1 off CUDA."""
     if num_sms or not tensor.is_cuda:
         return num_sms or 1
-    return _device_facts(tensor.device)[0]
+    return device_facts(tensor.device)[0]
 
 
 def check_num_sms(num_sms: int | None) -> int:
