@@ -310,6 +310,8 @@ class BlockChunk:
             self._run_experts(num_sms, take_over, recompute=False)
             self._out = None
         saved, d_out, moe = self._saved, self._d_out, self._moe
+        if take_over and num_sms is None:
+            num_sms = moe.num_sms
         how = {"num_sms": num_sms, "take_over": take_over or None}
         self._d_rows, self._d_weight = mlp_dgrad(d_out, saved, **how)
         if moe.w13.requires_grad or moe.w2.requires_grad:

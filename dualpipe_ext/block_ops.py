@@ -64,7 +64,7 @@ def rms_norm(
             "does not broadcast"
         )
     sms = check_num_sms(num_sms)
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     other = None if residual is None else residual.reshape(flat.shape)
     normed, hidden, _ = _norm(flat, other, weight, eps, sms)
     normed = normed.view(x.shape)

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .operators import define
+from .operators import define, without_autocast
 
 __all__ = ["flash_attention", "runs_as_kernels"]
 
@@ -60,8 +60,9 @@ def flash_attention(
 
     Raises TypeError or ValueError naming the value, the limit and the remedy.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = None if scale is None else float(scale)
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, num_sms, implementation)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _forward_operator(
         q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms or 0, deterministic,
         implementation,
@@ -110,7 +111,7 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, num_sms, implementation) 
         )
     if packed:
         _check_starts(q, cu_seqlens_q, cu_seqlens_k)
-    if not 0 < scale < float("inf"):
+    if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale={scale}: pass a positive number, or None for D ** -0.5")
     if num_sms is not None and (not isinstance(num_sms, int) or num_sms < 1):
         raise ValueError(f"num_sms={num_sms!r}: pass an int of at least 1, or None for all SMs")
@@ -183,6 +184,7 @@ def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(s - torch.where(lse == -torch.inf, torch.inf, lse)[:, None])
 
 
+@without_autocast
 def _reference_forward(q, k, v, starts_q, starts_k, causal, scale, out, lse) -> None:
     if starts_q is not None:
         out.zero_()
@@ -192,6 +194,7 @@ def _reference_forward(q, k, v, starts_q, starts_k, causal, scale, out, lse) -> 
         out1.copy_(_probabilities(s, lse1) @ v1.to(s.dtype))
 
 
+@without_autocast
 def _reference_backward(
     d_out, q, k, v, out, lse, starts_q, starts_k, causal, scale, dq, dk, dv
 ) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import check_num_sms, define, sm_count, use_triton
+from .operators import check_num_sms, define, sm_count, use_triton, without_autocast
 from .router import count_tokens, select_experts
 
 __all__ = ["fits", "fits_hopper", "route"]
@@ -110,6 +110,7 @@ def route(
 # ---- Operators ----
 
 
+@without_autocast
 def _forward(
     x, weight, bias, topk, renormalize, n_groups, topk_groups, route_scale, num_sms
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -188,6 +189,7 @@ def _forward_fake(
     )
 
 
+@without_autocast
 def _backward(
     d_topk_weight,
     d_probability_sum,

@@ -18,10 +18,12 @@ rounds, and multiplies what the rounded numbers stand for.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .fp8 import BLOCK, dequantize_rows, quantize_rows
@@ -31,7 +33,7 @@ from .grouped_mlp import (
     _wgrad,
 )
 from .grouped_reference import accumulation_dtype, expert_spans
-from .operators import define, device_facts, has_triton
+from .operators import define, device_facts, has_triton, is_observed, without_autocast
 
 __all__ = ["Fp8Weight", "forget_fp8", "fp8_weight"]
 
@@ -58,13 +60,14 @@ class Fp8Weight(NamedTuple):
 class _Kept:
     """What `fp8_weight` leaves on a weight; neither copied nor saved with it."""
 
-    key: tuple | None = None
-    rounded: Fp8Weight | None = None
-    stream: torch.cuda.Stream | None = None
-    event: torch.cuda.Event | None = None
+    key: tuple
+    storage: StorageWeakRef  # while it is held no other storage is at that address
+    rounded: Fp8Weight
+    stream: torch.cuda.Stream | None
+    event: torch.cuda.Event | None
 
     def __reduce__(self):
-        return _Kept, ()
+        return OrderedDict, ()  # what torch.load(weights_only=True) takes
 
 
 class _OptimizerSteps:
@@ -87,23 +90,29 @@ def fp8_weight(weight: torch.Tensor, implementation: str = "auto") -> Fp8Weight:
     """`weight` [L, N, K] rounded to fp8, made once a training step and kept on the weight.
 
     It is made again when the weight has been written in place (its version counter), lies elsewhere
-    (its address), or any `torch.optim.Optimizer` has made a step. Writing through `weight.data`
-    between steps, or by a CUDA graph, shows in none of these: call `forget_fp8` after it.
+    (its storage and address), or any `torch.optim.Optimizer` has made a step. Writing through
+    `weight.data` between steps, or by a CUDA graph, shows in none of these: call `forget_fp8` after
+    it.
 
     What is kept takes two bytes a number, freed with the weight or at the next rounding. Nothing is
     kept of a tensor made on the fly, such as a weight cast by autocast, beyond its own life: that
     is rounded in each forward. In a CUDA graph under capture weights are rounded at every replay.
     """
-    if weight.is_inference() or _capturing(weight):
+    if weight.is_inference() or _capturing(weight) or is_observed(()):
         return _round_weight(weight, implementation)
     kept = getattr(weight, "_dualpipe_fp8", None)
-    key = (weight._version, weight.data_ptr(), weight.shape, weight.dtype, _OptimizerSteps.count)
-    if kept is None or kept.key != key:
+    storage = weight.untyped_storage()
+    place = (storage._cdata, weight.data_ptr(), weight.shape, weight.stride())
+    key = (weight._version, *place, weight.dtype, _OptimizerSteps.count)
+    if not isinstance(kept, _Kept) or kept.key != key:
+        kept = None
         forget_fp8(weight)  # its memory serves the new one
-        kept = weight._dualpipe_fp8 = _Kept(key, _round_weight(weight, implementation))
+        rounded, stream, event = _round_weight(weight, implementation), None, None
         if weight.is_cuda:
-            kept.stream = torch.cuda.current_stream(weight.device)
-            kept.event = kept.stream.record_event()
+            stream = torch.cuda.current_stream(weight.device)
+            event = stream.record_event()
+        # Whole when another thread sees it.
+        kept = weight._dualpipe_fp8 = _Kept(key, StorageWeakRef(storage), rounded, stream, event)
     elif kept.stream is not None:
         stream = torch.cuda.current_stream(weight.device)
         if stream != kept.stream:
@@ -235,6 +244,7 @@ def _wide_matrix(q: torch.Tensor, scales: torch.Tensor, wide: torch.dtype) -> to
     return q.to(wide) * scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
 
 
+@without_autocast
 def _reference_forward(
     rows, row_scale, row_weight, q13, s13, q2, s2, expert_offsets, out, gate_up
 ) -> None:
@@ -251,6 +261,7 @@ def _reference_forward(
         out[here] = _rounded(act, wide) @ _wide_matrix(q2[expert], s2[expert], wide).T
 
 
+@without_autocast
 def _reference_dgrad(
     dout,
     gate_up,
@@ -368,6 +379,8 @@ def _dgrad_fake(dout, gate_up, row_weight, *rest):
 def _setup_context(ctx, inputs, output):
     rows, _, row_weight, w13, w2, _, t13, s13, _, t2, s2, offsets, _, *ctx.how = inputs
     gate_up = output[1]
+    # A checkpoint hands bare aliases of the weights to the backward.
+    ctx.main_grads = [getattr(weight, "main_grad", None) for weight in (w13, w2)]
     ctx.mark_non_differentiable(gate_up)
     ctx.save_for_backward(rows, row_weight, w13, w2, t13, s13, t2, s2, offsets, gate_up)
 
@@ -377,6 +390,9 @@ def _backward(ctx, dout, _d_gate_up):
     drows, drow_weight, d_gate_up, act = torch.ops.dualpipe_ext.grouped_fp8_dgrad(
         dout, gate_up, row_weight, *weights, offsets, *ctx.how[:2]
     )
+    for weight, main_grad in zip((w13, w2), ctx.main_grads, strict=True):
+        if main_grad is not None and not hasattr(weight, "main_grad"):
+            weight.main_grad = main_grad
     need = ctx.needs_input_grad
     dw13 = _wgrad(w13, d_gate_up, rows, offsets, *ctx.how) if need[3] else None
     dw2 = _wgrad(w2, dout, act, offsets, *ctx.how) if need[4] else None

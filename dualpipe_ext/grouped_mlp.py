@@ -436,6 +436,8 @@ def _wgrad_add(main_grad, *y_x_and_how):
 def _setup_context(ctx, inputs, output):
     rows, row_weight, w13, w2, expert_offsets, _, *ctx.how = inputs
     _, act, gate_up = output
+    # A checkpoint hands bare aliases of the weights to the backward.
+    ctx.main_grads = [getattr(weight, "main_grad", None) for weight in (w13, w2)]
     ctx.mark_non_differentiable(act, gate_up)
     ctx.save_for_backward(rows, row_weight, w13, w2, expert_offsets, act, gate_up)
 
@@ -444,6 +446,9 @@ def _backward(ctx, dout, _d_act, _d_gate_up):
     rows, row_weight, w13, w2, expert_offsets, act, gate_up = ctx.saved_tensors
     how = (expert_offsets, *ctx.how)
     drows, drow_weight, d_gate_up = _dgrad_operator(dout, gate_up, row_weight, w13, w2, *how)
+    for weight, main_grad in zip((w13, w2), ctx.main_grads, strict=True):
+        if main_grad is not None and not hasattr(weight, "main_grad"):
+            weight.main_grad = main_grad
     need = ctx.needs_input_grad
     dw13 = _wgrad(w13, d_gate_up, rows, *how) if need[2] else None
     dw2 = _wgrad(w2, dout, act, *how) if need[3] else None

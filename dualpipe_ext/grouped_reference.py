@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 
+from .operators import without_autocast
 from .routing import ROW_ALIGNMENT
 
 __all__ = [
@@ -35,6 +36,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@without_autocast
 def reference_forward(rows, row_weight, w13, w2, expert_offsets, out, act, gate_up) -> None:
     wide = accumulation_dtype(rows.dtype)
     for expert, (start, end) in enumerate(expert_spans(expert_offsets, rows.shape[0])):
@@ -48,6 +50,7 @@ def reference_forward(rows, row_weight, w13, w2, expert_offsets, out, act, gate_
             gate_up[here] = both
 
 
+@without_autocast
 def reference_dgrad(
     dout, gate_up, row_weight, w13, w2, expert_offsets, drows, drow_weight, d_gate_up
 ) -> None:
@@ -67,6 +70,7 @@ def reference_dgrad(
         drows[here] = d_gate_up[here].to(wide) @ w13[expert].to(wide)
 
 
+@without_autocast
 def reference_wgrad(y, x, expert_offsets, dw, accumulate: bool) -> None:
     wide = accumulation_dtype(y.dtype)
     for expert, (start, end) in enumerate(expert_spans(expert_offsets, y.shape[0])):

@@ -10,22 +10,48 @@ slices, rotation and concatenation apart would be five or more.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from .block_ops import rotary_tables, rotate_into
-from .operators import define
+from .operators import define, is_observed
 
 __all__ = ["split_heads", "tables", "turn_tail"]
 
 
-@lru_cache(maxsize=32)
+# By rows, width, base and device. Nothing leaves it: a CUDA graph may hold an address. Rows are a
+# power of two, so that all lengths together take at most twice what the longest does.
+_kept: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+
 def tables(positions: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`rotary_tables`, made once: cos and sin [S, D / 2] fp32."""
-    with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be saved later
+    """`rotary_tables`, made once: cos and sin [S, D / 2] fp32.
+
+    Whoever looks on (torch.compile, a fake mode) gets tables of its own, and so does a CUDA graph
+    under capture where none are kept: only its replays would fill them.
+    """
+    if torch.compiler.is_compiling() or is_observed(()):
         return rotary_tables(positions, width, base=base, device=device)
+    rows = 1 << max(positions - 1, 0).bit_length()
+    key = (rows, width, base, device)
+    found = _kept.get(key)
+    if found is None:
+        if _capturing(device):
+            return rotary_tables(positions, width, base=base, device=device)
+        # Inference tensors could not be saved for a backward later.
+        with torch.inference_mode(False), torch.no_grad():
+            found = rotary_tables(rows, width, base=base, device=device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # any stream may read them now
+        _kept[key] = found
+    if rows == positions:
+        return found
+    with torch.inference_mode(False):
+        return found[0][:positions], found[1][:positions]
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def split_heads(
@@ -37,16 +63,39 @@ def split_heads(
         qkv: [B, S, N + 2G, D], query heads first, then keys, then values; D even.
         kv_heads: G.
 
-    Returns q [B, S, N, D], k and v [B, S, G, D], contiguous; differentiable.
+    Returns q [B, S, N, D], k and v [B, S, G, D], contiguous; differentiable. Raises ValueError.
     """
+    _check_heads("qkv", qkv)
+    if not 1 <= kv_heads <= (qkv.shape[2] - 1) // 2:
+        raise ValueError(
+            f"kv_heads={kv_heads} of {qkv.shape[2]} heads: pass at least 1, and twice that less "
+            "than the heads in all, for keys and values, so that a query head is left"
+        )
     cos, sin = tables(qkv.shape[1], qkv.shape[3], base, qkv.device)
     return _split_heads_operator(qkv, cos, sin, kv_heads)
 
 
 def turn_tail(x: Tensor, width: int, *, base: float = 10_000.0) -> Tensor:
-    """x [B, S, N, D] with rotary embedding of each head's last `width` numbers; differentiable."""
+    """x [B, S, N, D] with rotary embedding of each head's last `width` numbers; differentiable.
+
+    Raises ValueError.
+    """
+    _check_heads("x", x)
+    if not 2 <= width <= x.shape[3] or width % 2:
+        raise ValueError(
+            f"width={width} of heads of {x.shape[3]} numbers: pass an even number from 2 to "
+            f"{x.shape[3]}"
+        )
     cos, sin = tables(x.shape[1], width, base, x.device)
     return _turn_tail_operator(x, cos, sin, False)
+
+
+def _check_heads(name: str, x: Tensor) -> None:
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(
+            f"{name} is {x.dtype} {tuple(x.shape)}: pass floating-point [B, S, heads, D], one "
+            "sequence as B = 1"
+        )
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, y: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .exchange import Exchange
 from .experts import PlacedExperts, check_multiples_of_8
-from .grouped_mlp import grouped_mlp
+from .grouped_mlp import _is_fp8, grouped_mlp
 from .router import Router
 
 __all__ = ["MoELayer", "SharedExpert"]
@@ -92,7 +92,8 @@ class MoELayer(PlacedExperts):
             group needed. None does *not* mean the default group.
         backend, comm_sms, form, max_rows: see :class:`~dualpipe_ext.Exchange`.
         payload: None or "fp8", what the forward's dispatch sends: see Exchange.dispatch.
-        num_sms: streaming multiprocessors the expert GEMMs may take, None = all.
+        num_sms: streaming multiprocessors that the expert GEMMs, and a router named by a string,
+            may take, None = all.
         precision: of the experts' products, "bf16" (as the dtype is) or "fp8": see grouped_fp8.py,
             also for what to call after a weight was written through ``.data``.
         router: ``"softmax"``, ``"sigmoid"``, or a module that maps x [T, H] to
@@ -112,7 +113,7 @@ class MoELayer(PlacedExperts):
         dtype, device: of the experts; None = torch's defaults. The router has fp32 at least.
 
     Raises:
-        ValueError: sizes that do not fit each other, the group, or a given exchange.
+        ValueError: sizes that do not fit each other, the group, a given exchange, or the precision.
     """
 
     def __init__(
@@ -157,6 +158,10 @@ class MoELayer(PlacedExperts):
         self.backend, self.comm_sms, self.num_sms = backend, comm_sms, num_sms
         self.form, self.max_rows, self.max_tokens = form, max_rows, max_tokens
         self.payload, self.precision = payload, precision
+        if _is_fp8(precision):
+            from .grouped_fp8 import check_fp8
+
+            check_fp8(None, None, self.w13, self.w2)
         self.aux_loss_coefficient, self.init_std = aux_loss_coefficient, init_std
         self.exchange, self._owns_exchange = exchange, exchange is None
         if exchange is not None:
@@ -165,7 +170,7 @@ class MoELayer(PlacedExperts):
         self._owns_router = isinstance(router, str)
         if self._owns_router:
             wide = torch.promote_types(dtype, torch.float32)
-            router = Router(hidden, num_experts, topk, kind=router, dtype=wide)
+            router = Router(hidden, num_experts, topk, kind=router, num_sms=num_sms, dtype=wide)
         self.router = router if device is None else router.to(device)
         self.shared_expert = None
         if shared_expert_hidden:
@@ -201,7 +206,7 @@ class MoELayer(PlacedExperts):
             rows_RH, weight_R = exchange.dispatch(
                 x_TH, plan, topk_weight=routes.topk_weight, payload=self.payload
             )
-            w13, w2 = self.w13.to(dtype), self.w2.to(dtype)
+            w13, w2 = (_cast(weight, dtype) for weight in (self.w13, self.w2))
             out_RH = grouped_mlp(
                 rows_RH,
                 weight_R,
@@ -260,6 +265,8 @@ class MoELayer(PlacedExperts):
                     "full_state_dict() and topk="
                 )
             state, found = dense.state_dict(), dense._options()
+            if dense._owns_router:
+                found["router"].num_sms = options.get("num_sms", dense.num_sms)
         else:
             if "topk" not in options:
                 raise ValueError(
@@ -395,6 +402,15 @@ class SharedExpert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.w13.to(x.dtype)).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, self.w2.to(x.dtype))
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` in `dtype`, whose gradient goes where that of the weight would: to `main_grad`."""
+    cast = weight.to(dtype)
+    main_grad = getattr(weight, "main_grad", None)
+    if cast is not weight and main_grad is not None:
+        cast.main_grad = main_grad
+    return cast
 
 
 def _options_from_shapes(state: Mapping[str, Tensor]) -> dict:

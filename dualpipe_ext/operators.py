@@ -9,18 +9,21 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 
 import torch
+from torch.autograd import forward_ad
 
 __all__ = [
     "check_num_sms",
     "define",
     "device_facts",
     "has_triton",
+    "is_observed",
     "sm_count",
     "use_triton",
     "wide",
+    "without_autocast",
 ]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -50,12 +53,15 @@ class Operator:
             setup_context(ctx, inputs, output)
             return output
 
-        methods = {"forward": staticmethod(forward)}
-        methods["backward"] = staticmethod(torch.autograd.function.once_differentiable(backward))
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._function = type(self._operator.__name__, (torch.autograd.Function,), methods)
 
     def __call__(self, *inputs):
-        if torch.compiler.is_compiling() or _is_observed(inputs):
+        if torch.compiler.is_compiling():
+            return self._operator(*inputs)
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(inputs)
+        if is_observed(inputs):
             return self._operator(*inputs)
         if self._function is not None and torch.is_grad_enabled():
             for x in inputs:
@@ -63,12 +69,67 @@ class Operator:
                     return self._function.apply(*inputs)
         return self._implementation(*inputs)
 
+    def _refuse_tangents(self, inputs: tuple) -> None:
+        """Kernels would drop them without a word."""
+        for x in inputs:
+            if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError(
+                    f"{self._operator.__name__} has no forward-mode derivative: take the gradient "
+                    "by backward(), or compute the tangent in plain torch"
+                )
 
-def _is_observed(inputs: tuple) -> bool:
+
+def is_observed(inputs: tuple) -> bool:
+    """Whether somebody looks on: a dispatch mode, functorch, torch.jit.trace, a subclass."""
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return True
+    if torch._C._get_tracing_state() is not None:
         return True
     plain = (torch.Tensor, torch.nn.Parameter)
     return any(isinstance(x, torch.Tensor) and type(x) not in plain for x in inputs)
+
+
+def _once(backward: Callable) -> Callable:
+    """`backward` that raises where its results are differentiated: its operators have no gradient.
+
+    torch's once_differentiable does so only where the incoming gradients want one, and would let
+    a penalty on a gradient pass for a constant.
+    """
+
+    @wraps(backward)
+    def run(ctx, *gradients):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        refuse = torch._C._functions.DelayedError(
+            b"dualpipe_ext's operators have no second derivative: compute what is differentiated "
+            b"twice in plain torch",
+            len(found),
+        )
+        return refuse(*(x if x is None else x.detach().requires_grad_() for x in found))
+
+    return run
+
+
+def _count_writes(name: str) -> None:
+    """Makes an operator raise the version of what it writes, as autograd's check of saved tensors
+    needs it: a kernel writes through an address."""
+    operator = getattr(torch.ops.dualpipe_ext, name).default
+    arguments = operator._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+    if not written:
+        return
+
+    def count(keyset, *inputs):
+        for i in written:
+            if not inputs[i].is_inference():
+                torch.autograd.graph.increment_version(inputs[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            below = keyset & torch._C._after_ADInplaceOrView_keyset
+            return operator.redispatch(below, *inputs)
+
+    _library.impl(name, count, "ADInplaceOrView", with_keyset=True)
 
 
 def define(
@@ -78,14 +139,19 @@ def define(
     backward: Callable | None = None,
     setup_context: Callable | None = None,
 ) -> Operator:
-    """Registers ``dualpipe_ext::<schema>`` for CPU and CUDA, with its gradient if it has one."""
+    """Registers ``dualpipe_ext::<schema>`` for CPU and CUDA, with its gradient if it has one.
+
+    The gradient cannot be differentiated in turn: that raises RuntimeError.
+    """
     _library.define(schema)
     name = schema.partition("(")[0]
     for key in ("CPU", "CUDA"):
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"dualpipe_ext::{name}", fake, lib=_library)
+    _count_writes(name)
     operator = Operator(name, implementation)
     if backward is not None:
+        backward = _once(backward)
         torch.library.register_autograd(
             f"dualpipe_ext::{name}", backward, setup_context=setup_context, lib=_library
         )
@@ -138,6 +204,21 @@ def check_num_sms(num_sms: int | None) -> int:
     if num_sms is not None and (not isinstance(num_sms, int) or num_sms < 1):
         raise ValueError(f"num_sms={num_sms!r}: pass an int of at least 1, or None for all SMs")
     return num_sms or 0
+
+
+def without_autocast(function: Callable) -> Callable:
+    """`function`, of a tensor and more, in the dtypes that it chose: autocast would multiply in
+    bf16 what plain torch has widened to fp32."""
+
+    @wraps(function)
+    def run(x, *rest, **options):
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind):
+            return function(x, *rest, **options)
+        with torch.autocast(kind, enabled=False):
+            return function(x, *rest, **options)
+
+    return run
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -87,9 +87,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x [..., in], weight [out, in], bias [out] → [..., out]. Under autocast all take its dtype. Falls
     back to `F.linear` where nothing collects, no gradient is wanted, `weight` is no plain parameter
-    (a DTensor, a computed weight), or x carries no gradient, because autograd would not come by.
+    (a DTensor, a computed weight), or x carries no gradient, because autograd would not come by. So
+    it does in torch.compile, whose graphs have the weights' gradients in their backward.
     """
-    store = _collector.get()
+    store = None if torch.compiler.is_compiling() else _collector.get()
     plain = type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
     if store is None or not plain or not (torch.is_grad_enabled() and x.requires_grad):
         return F.linear(x, weight, bias)

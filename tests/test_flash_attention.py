@@ -170,6 +170,8 @@ def test_bad_options_are_named():
     starts = torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(TypeError, match=r"float32, torch\.bfloat16.*one floating-point dtype"):
         flash_attention(q, k.bfloat16(), v)
+    with pytest.raises(ValueError, match=r"q is \(1, 2, 5, 0\).*at least one head and one column"):
+        flash_attention(*(torch.empty(1, 2, 5, width) for width in (0, 0, 8)))
     with pytest.raises(ValueError, match="scale=-1.0: pass a positive number"):
         flash_attention(q, k, v, scale=-1)
     with pytest.raises(ValueError, match=r"num_sms=0.*at least 1"):

@@ -5,8 +5,10 @@ import copy
 import io
 from itertools import pairwise
 
+import numpy
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from dualpipe_ext import MoELayer
 from dualpipe_ext.block import TransformerBlock
@@ -197,6 +199,56 @@ def test_what_is_kept_is_neither_copied_nor_saved():
     for other in (torch.load(file, weights_only=False), copy.deepcopy(weight)):
         assert torch.equal(fp8_weight(other).scales, fp8_weight(weight).scales)
         assert fp8_weight(other) is not fp8_weight(weight)
+
+
+def test_a_file_with_rounded_weights_loads_as_weights_only():
+    weight = torch.nn.Parameter(torch.randn(1, 128, 128))
+    rounded, file = fp8_weight(weight), io.BytesIO()
+    torch.save([weight], file)
+    file.seek(0)
+    (loaded,) = torch.load(file, weights_only=True)
+    assert torch.equal(fp8_weight(loaded).scales, rounded.scales)
+
+
+def test_other_memory_at_the_same_address_is_noticed():
+    """As when weights go to the host and come back to where they were."""
+    memory = numpy.ones(128 * 128, dtype=numpy.float32)
+
+    def view():
+        return torch.from_numpy(memory).view(1, 128, 128)
+
+    weight = torch.nn.Parameter(view())
+    before = fp8_weight(weight)
+    memory *= 2
+    weight.data = view()
+    assert torch.equal(fp8_weight(weight).scales, 2 * before.scales)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_main_grad_under_a_checkpoint(reentrant, precision):
+    """It hands the backward aliases of the weights, which have no attributes."""
+    found = []
+    for call in (
+        lambda layer, x: layer(x),
+        lambda *both: checkpoint(*both, use_reentrant=reentrant),
+    ):
+        layer = MoELayer(**SIZES, precision=precision)
+        layer.reset_parameters(seed=1)
+        for weight in (layer.w13, layer.w2):
+            weight.main_grad = torch.zeros(weight.shape)
+        x = torch.randn(40, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        call(layer, x).sum().backward()
+        assert layer.w13.grad is None and layer.w2.grad is None
+        found.append((layer.w13.main_grad, layer.w2.main_grad))
+    assert found[0][0].any() and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_layer_refuses_widths_before_its_first_forward():
+    with pytest.raises(ValueError, match=r"expert_hidden=72.*multiple of 128"):
+        MoELayer(**(SIZES | {"expert_hidden": 72}), precision="fp8")
+    with pytest.raises(ValueError, match="precision='fp4'"):
+        MoELayer(**SIZES, precision="fp4")
 
 
 def test_a_backward_uses_the_weights_of_its_forward():

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dualpipe_ext.head_ops import split_heads, turn_tail
+from dualpipe_ext import head_ops
+from dualpipe_ext.block_ops import rotary_tables
+from dualpipe_ext.head_ops import split_heads, tables, turn_tail
 
 
 def turned(x: torch.Tensor, base: float) -> torch.Tensor:
@@ -63,3 +66,67 @@ def test_operators_obey_torch(backward):
     else:
         torch.library.opcheck(ops.split_heads, (qkv, table, table, 1))
         torch.library.opcheck(ops.turn_tail, (qkv, table, table, False))
+
+
+# ---- Tables ----
+
+
+def addresses(positions: int) -> list[int]:
+    return [table.data_ptr() for table in tables(positions, 12, 321.0, torch.device("cpu"))]
+
+
+def test_tables_stay_where_they_are():
+    """A CUDA graph holds their address, whatever other lengths come by; together these take at most
+    twice the memory of the longest."""
+    before = addresses(5)
+    for positions in range(1, 200):
+        got = tables(positions, 12, 321.0, torch.device("cpu"))
+        for a, b in zip(got, rotary_tables(positions, 12, base=321.0), strict=True):
+            assert torch.equal(a, b) and a.is_contiguous()
+    assert addresses(5) == before
+    assert len({addresses(positions)[0] for positions in range(1, 200)}) == 9
+
+
+def test_who_looks_on_leaves_nothing_behind():
+    """Fake tensors, and a graph under capture, which its replays alone fill."""
+    with FakeTensorMode():
+        split_heads(torch.randn(1, 23, 3, 4), 1, base=55.0)
+    torch.func.vmap(lambda x: split_heads(x, 1, base=55.0)[0])(torch.randn(2, 1, 23, 3, 4))
+    assert not [key for key in head_ops._kept if key[2] == 55.0]
+    q, _, _ = split_heads(torch.randn(1, 23, 3, 4), 1, base=55.0)
+    assert type(q) is torch.Tensor and q.shape == (1, 23, 1, 4)
+
+
+def test_a_capture_uses_kept_tables_and_keeps_none(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(head_ops, "_capturing", lambda device: True)
+    assert tables(6, 4, 44.0, cpu)[0] is not tables(6, 4, 44.0, cpu)[0]
+    assert not [key for key in head_ops._kept if key[2] == 44.0]
+    monkeypatch.undo()
+    warm = tables(8, 4, 44.0, cpu)
+    monkeypatch.setattr(head_ops, "_capturing", lambda device: True)
+    assert tables(8, 4, 44.0, cpu)[0] is warm[0]
+
+
+def test_no_positions_and_no_sequences():
+    for shape in ((2, 0, 4, 8), (0, 3, 4, 8)):
+        x = torch.randn(shape, requires_grad=True)
+        (split_heads(x, 1)[0].sum() + turn_tail(x, 4).sum()).backward()
+        assert x.grad.shape == shape
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: split_heads(torch.randn(1, 5, 4, 8), 2), "kv_heads=2 of 4 heads"),
+        (lambda: split_heads(torch.randn(1, 5, 4, 8), 0), "kv_heads=0 of 4 heads: pass at least 1"),
+        (lambda: split_heads(torch.randn(5, 4, 8), 1), r"\(5, 4, 8\): pass.*B = 1"),
+        (lambda: split_heads(torch.randn(1, 5, 4, 7), 1), "width=7 has no pairs"),
+        (lambda: turn_tail(torch.randn(1, 5, 4, 8), 10), "width=10 of heads of 8.*2 to 8"),
+        (lambda: turn_tail(torch.randn(1, 5, 4, 8), 3), "width=3 of heads of 8"),
+        (lambda: turn_tail(torch.zeros(1, 5, 4, 8).long(), 4), "x is torch.int64"),
+    ],
+)
+def test_what_does_not_fit_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -17,6 +17,32 @@ SIZES = dict(hidden=16, expert_hidden=24, num_experts=8, topk=3)
 STEPS = 4
 
 
+def test_the_router_takes_the_layers_sms():
+    layer = MoELayer(**SIZES, num_sms=100)
+    assert layer.router.num_sms == 100
+    assert MoELayer.from_dense(layer, num_sms=50).router.num_sms == 50
+    own = Router(SIZES["hidden"], SIZES["num_experts"], SIZES["topk"], num_sms=7)
+    layer = MoELayer(**SIZES, num_sms=100, router=own)
+    assert MoELayer.from_dense(layer, num_sms=50).router.num_sms == own.num_sms == 7
+
+
+def test_main_grad_takes_the_gradient_under_autocast():
+    """There the experts multiply casts of the weights."""
+    found = []
+    for wide in (True, False):
+        layer = MoELayer(**SIZES)
+        layer.reset_parameters(seed=1)
+        for weight in (layer.w13, layer.w2) if wide else ():
+            weight.main_grad = torch.zeros(weight.shape)
+        x = torch.randn(20, SIZES["hidden"], generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        y.float().sum().backward()
+        assert not wide or layer.w13.grad is None
+        found.append(layer.w13.main_grad if wide else layer.w13.grad)
+    assert relative_error(*found) < 5e-3
+
+
 class DroppingRouter(Router):
     """Drops every route whose weight is below a threshold, as a capacity limit would."""
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from dualpipe_ext import block
 from dualpipe_ext.block import RoutedExperts, TransformerBlock
 from dualpipe_ext.exchange import Exchange
 from dualpipe_ext.grouped_mlp import grouped_mlp
@@ -215,6 +216,32 @@ def test_what_the_delay_leaves(weight_delay):
     assert attention.query_norm.weight.grad is not None
     chunk.backward_weight()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_backward_that_takes_over_keeps_the_layers_sms(monkeypatch):
+    seen = {}
+
+    def spy(name, function):
+        def call(*arguments, num_sms, take_over, **options):
+            seen[name] = num_sms, take_over
+            return function(*arguments, num_sms=num_sms, take_over=take_over, **options)
+
+        return call
+
+    for name in ("mlp_forward", "mlp_dgrad", "mlp_wgrad"):
+        monkeypatch.setattr(block, name, spy(name, getattr(block, name)))
+    layer = small.block().double()
+    layer.feed_forward.num_sms = 7
+    chunk = layer.start_chunk()
+    chunk.attention(torch.randn(2, 8, 16, dtype=torch.float64))
+    for segment in (chunk.plan, chunk.dispatch):
+        segment()
+    chunk.mlp(None, True)
+    chunk.combine()
+    chunk.combine_backward(torch.ones_like(chunk.output()))
+    chunk.mlp_backward(None, True)
+    chunk.mlp_backward_weight()
+    assert seen == dict.fromkeys(("mlp_forward", "mlp_dgrad", "mlp_wgrad"), (7, True))
 
 
 def test_plan_lives_until_the_compute_lane_is_behind_its_last_reader():
