@@ -440,6 +440,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.tokens % min(args.sequence, args.tokens):
         parser.error(f"--tokens {args.tokens} is no multiple of --sequence {args.sequence}")
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats} leaves nothing to time: use 1 or more")
     args.arguments = arguments
     return args
 

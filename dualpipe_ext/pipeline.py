@@ -7,6 +7,7 @@ for the time they take, `overlap.py` for what happens inside an overlapped pair.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from .data_parallel import GradientSync, unwrap
 from .errors import DualPipeError, PeerTimeoutError
 from .exchange import process_group
 from .overlap import OverlappedPair
-from .pipeline_agreement import Agreement
+from .pipeline_agreement import Agreement, seconds
 from .pipeline_links import Links
 from .pipeline_step import Batch, Step, cut_batch
 from .pipeline_transfers import Transfers, incoming_bytes
@@ -28,6 +29,7 @@ __all__ = ["Pipeline", "StepResult"]
 
 
 SHAPES = 64  # of inputs, whose edges are kept
+LONGEST = 1e9  # seconds; kernels count a limit's nanoseconds in 64 bits
 
 
 class StepResult(NamedTuple):
@@ -46,7 +48,7 @@ class _Beginning(NamedTuple):
 
     num_chunks: int
     forward_only: bool
-    signature: tuple | None  # of a chunk's inputs
+    signature: tuple | None  # of a chunk's inputs, and what autocast makes of them
     problem: str | None
     broken: bool  # the rank leaves: its GPU gave up waiting
 
@@ -83,8 +85,10 @@ class Pipeline:
         group: of the pipeline's ranks, R of them; None for one rank without any group. Expert
             groups lie across: the ranks of one hold equal stages of different pipelines.
         device: where activations live; None takes that of the first parameter.
-        timeout: seconds to wait for another rank, on the host and on the GPU. Where tensors travel
-            by NCCL its own process group has the limit.
+        timeout: seconds to wait for another rank, on the host and on the GPU, at most 1e9. Where
+            tensors travel by NCCL its own process group has the limit. A stage that fails is an
+            error in its own pipeline at once; in others, whose stages wait for it in an expert
+            group, when the limit of that exchange or process group is over.
         weight_delay, comm_sms, num_sms: see `OverlappedPair`; the first also says what an I leaves
             for its W.
         recompute: run stages that are no `TransformerStage` again for their backward and keep
@@ -119,7 +123,8 @@ class Pipeline:
         self.modules = (modules,) if single else tuple(modules)
         self.kind, self.group, self.timeout = schedule.lower(), process_group(group), timeout
         self.weight_delay, self.recompute = weight_delay, recompute
-        self._agreement = Agreement(self.group, timeout)
+        # A wrong limit is an error on all ranks, for which this one waits as others do.
+        self._agreement = Agreement(self.group, timeout if _is_limit(timeout) else 100.0)
         self.rank, self.num_ranks = self._agreement.rank, self._agreement.world_size
         self._check()
         self.device = self._find_device(device)
@@ -135,7 +140,8 @@ class Pipeline:
         self._needs: list[dict[int, int]] | None = None
         self._learnt: dict[tuple, dict] = {}  # edges by signatures
         self._generation = 0  # of edges
-        self._failure: str | None = None
+        self._failure: str | None = None  # after which there are no more steps
+        self._closed = False
 
     def step(
         self,
@@ -168,8 +174,12 @@ class Pipeline:
             PeerTimeoutError: the GPU gave up waiting for another rank, in this step or the one
                 before: its results are wrong. `check` tells after a synchronization.
         """
+        if self._closed:
+            raise DualPipeError("the pipeline is closed: make a new Pipeline")
         if self._failure is not None:
-            raise DualPipeError(f"a step before broke off: {self._failure}; make a new Pipeline")
+            raise DualPipeError(
+                f"a step before broke off: {self._failure}; make a new Pipeline on a new group"
+            )
         forward_only = not torch.is_grad_enabled()
         schedule, batch = self._begin(
             inputs, labels, criterion, num_chunks, batch_dim, forward_only
@@ -207,8 +217,18 @@ class Pipeline:
             return
         mirror = self.num_ranks - 1 - self.rank
         # Both ranks of a pair take the lower rank's first stage first.
-        for mine in (0, 1) if self.rank < mirror else (1, 0):
-            _sum_with(mirror, unwrap(self.modules[mine]), self.group)
+        try:
+            for mine in (0, 1) if self.rank < mirror else (1, 0):
+                _sum_with(mirror, unwrap(self.modules[mine]), self.group, self.timeout)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._failure = (
+                f"rank {self.rank} waited up to {self.timeout:g} s for the gradients of rank "
+                f"{mirror}, which has copies of its stages: that rank died, hangs or called "
+                f"something else; see its log ({error})"
+            )
+            raise DualPipeError(self._failure) from error
 
     def check(self) -> None:
         """Raise PeerTimeoutError if, so far, the GPU has given up waiting for another rank.
@@ -218,8 +238,13 @@ class Pipeline:
         self.links.check()
 
     def close(self) -> None:
-        """Let go of memory and connections that the pipeline opened on GPUs; all ranks together."""
-        self.links.close()
+        """Let go of memory and connections that the pipeline opened on GPUs; all ranks together.
+
+        After it there are no more steps. Closing again does nothing.
+        """
+        if not self._closed:
+            self._closed = True
+            self.links.close()
 
     def __repr__(self) -> str:
         return f"Pipeline({self.kind!r}, rank {self.rank}/{self.num_ranks}, {self.device})"
@@ -236,8 +261,11 @@ class Pipeline:
                     f"{len(self.modules)} modules for {self.kind!r}: rank {self.rank} of "
                     f"{self.num_ranks} holds the stages {stages}, pass one module for each"
                 )
-            if not self.timeout > 0:
-                raise ValueError(f"timeout={self.timeout} s is not above 0: pass seconds, 100.0")
+            if not _is_limit(self.timeout):
+                raise ValueError(
+                    f"timeout={self.timeout!r} is no number of seconds above 0 and up to "
+                    f"{LONGEST:g}: pass one, 100.0"
+                )
         except ValueError as error:
             problem = error
         mine = (self.kind, self.weight_delay, None if problem is None else str(problem))
@@ -276,8 +304,8 @@ class Pipeline:
                 *(self._schedule, self.rank, inputs, labels, batch_dim),
                 needs_criterion=criterion is None and not forward_only,
             )
-            signature = batch.signature()
-        except (ValueError, TypeError, PeerTimeoutError) as error:
+            signature = (batch.signature(), _autocast_dtype(self.device))
+        except Exception as error:  # whatever it is, the others must hear of it
             problem = error
         broken = isinstance(problem, PeerTimeoutError)
         text = None if problem is None else str(problem)
@@ -286,7 +314,11 @@ class Pipeline:
             self._failure = text
             self._agreement.gather("begin the step", mine, wait=False)
             raise problem
-        everybody = self._agreement.gather("begin the step", mine)
+        try:
+            everybody = self._agreement.gather("begin the step", mine)
+        except DualPipeError as error:  # from here on ranks would take each other's old words
+            self._failure = str(error)
+            raise
         if problem is not None:
             raise problem
         for rank, theirs in enumerate(everybody):
@@ -300,7 +332,11 @@ class Pipeline:
                     f"(num_chunks, forward only) is {theirs[:2]} on rank {rank}, here {mine[:2]}: "
                     "pass the same on every rank, and use torch.no_grad() on all or none"
                 )
-        self._recall(tuple(theirs.signature for theirs in everybody))
+        try:
+            self._recall(tuple(theirs.signature for theirs in everybody))
+        except Exception as error:  # the others go on, and wait up to the limit
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
         return self._schedule, batch
 
     def _end(self, step: Step, transfers: Transfers) -> None:
@@ -310,14 +346,18 @@ class Pipeline:
         what = "finish the step"
         if transfers.broken:  # nobody can tell who still comes: leave word and go
             self._failure = text
-            self._agreement.gather(what, (text, step.cause), wait=False)
+            self._agreement.gather(what, (text, step.cause, True), wait=False)
             raise failure
         try:
-            everybody = self._agreement.gather(what, (text, step.cause))
+            everybody = self._agreement.gather(what, (text, step.cause, False))
         except DualPipeError as error:
             self._failure = str(error)
             raise (failure or error) from error
-        failed = [(cause, rank) for rank, (found, cause) in enumerate(everybody) if found]
+        transfers.forget()
+        for rank, (found, _, broken) in enumerate(everybody):
+            if broken:  # it will not come to the next step
+                self._failure = f"rank {rank} failed: {found}"
+        failed = [(cause, rank) for rank, (found, cause, _) in enumerate(everybody) if found]
         if not failed:
             self._learnt[self._signatures] = self._edges
             return
@@ -346,8 +386,21 @@ class Pipeline:
         self.links.choose(self._needs)
 
 
-def _sum_with(other: int, module: nn.Module, group: dist.ProcessGroup) -> None:
-    """Add the gradients of `module` and of rank `other`'s copy, on both."""
+def _is_limit(timeout: object) -> bool:
+    return isinstance(timeout, Real) and 0 < timeout <= LONGEST
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Stages make other dtypes under it of the same inputs."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+def _sum_with(other: int, module: nn.Module, group: dist.ProcessGroup, timeout: float) -> None:
+    """Add the gradients of `module` and of rank `other`'s copy, on both.
+
+    Raises RuntimeError if the other rank does not come. NCCL has a limit of its own.
+    """
     by_kind: dict[tuple, list[Tensor]] = {}
     for parameter in module.parameters():
         if not parameter.requires_grad:
@@ -371,7 +424,7 @@ def _sum_with(other: int, module: nn.Module, group: dist.ProcessGroup) -> None:
                 ]
             )
             for work in works:
-                work.wait()
+                work.wait(*([seconds(timeout)] if mine.device.type == "cpu" else []))
             parts = theirs.split([gradient.numel() for gradient in bucket])
             for gradient, part in zip(bucket, parts, strict=True):
                 gradient.add_(part.view_as(gradient))

@@ -51,22 +51,35 @@ def cut_batch(
     found = {}
     for name, tensors, stage in (("inputs", inputs, 0), ("labels", labels, last)):
         here = any(schedule.rank_of(stage, direction) == rank for direction in directions)
+        if isinstance(tensors, Tensor):
+            raise ValueError(f"{name} are one tensor: pass a list, {name}=[tensor]")
         if tensors and not here:
             ranks = [schedule.rank_of(stage, direction) for direction in directions]
             raise ValueError(f"{name} on rank {rank}, stage {stage} is on {ranks}: pass them there")
         if name == "inputs" and here and not tensors:
             raise ValueError(f"no inputs on rank {rank}, which holds stage 0: pass the batch")
         for tensor in tensors:
-            if tensor.shape[batch_dim] % chunks or not tensor.shape[batch_dim]:
-                raise ValueError(
-                    f"{name} {list(tensor.shape)} do not cut into {chunks} equal chunks along "
-                    f"dimension {batch_dim}: pad the batch to a multiple of {chunks}"
-                )
+            _check_cut(name, tensor, chunks, batch_dim)
         cut = [tensor.tensor_split(chunks, dim=batch_dim) for tensor in tensors]
         found[name] = tuple(zip(*cut, strict=True)) if cut else ((),) * chunks if here else ()
         if name == "labels" and here and needs_criterion:
             raise ValueError(f"criterion=None on rank {rank}, which holds the last stage: pass one")
     return Batch(**found)
+
+
+def _check_cut(name: str, tensor: Tensor, chunks: int, batch_dim: int) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"one of the {name} is a {type(tensor).__name__}: pass tensors")
+    if not -tensor.dim() <= batch_dim < tensor.dim():
+        raise ValueError(
+            f"{name} {list(tensor.shape)} have no dimension {batch_dim}: pass the batch's as "
+            "batch_dim"
+        )
+    if tensor.shape[batch_dim] % chunks or not tensor.shape[batch_dim]:
+        raise ValueError(
+            f"{name} {list(tensor.shape)} do not cut into {chunks} equal chunks along "
+            f"dimension {batch_dim}: pad the batch to a multiple of {chunks}"
+        )
 
 
 class Step:
@@ -232,6 +245,12 @@ class Step:
                 f"stage {action.stage} returned a view as output {i}, {list(outputs[i].shape)}: "
                 "its memory could not be freed once it is sent, return .clone() of it"
             )
+        for i, y in enumerate(outputs):
+            if y.is_complex() and not self.forward_only:
+                raise ValueError(
+                    f"stage {action.stage} returned output {i} as {str(y.dtype).split('.')[1]}: "
+                    "stages exchange gradients of real numbers only, return real and imaginary part"
+                )
         self._hand_on("activation", action, action.stage + 1, outputs)
 
     def _hand_on_gradients(self, action: Action, gradients: tuple[Tensor | None, ...]) -> None:

@@ -87,6 +87,7 @@ class Transfers:
         self._outgoing: dict[tuple, Transfer] = {}
         self._posted: dict[tuple, _Incoming] = {}
         self._sent: dict[int, deque[tuple[Transfer, Moving]]] = {}  # by target
+        self._published: list[str] = []  # what this rank told the others
         self.broken = False
         for transfer in sorted(schedule.transfers(), key=_wire_order):
             if forward_only and transfer.tensor == "gradient":
@@ -129,7 +130,9 @@ class Transfers:
         """Send what `stage` made. None after a failure: zeros, so that nobody waits in vain.
 
         Raises:
-            ValueError: an output has another shape or dtype than in the chunks before.
+            ValueError: an output has another shape or dtype than in the chunks before, a gradient
+                another than its tensor.
+            DualPipeError: the connection broke.
         """
         transfer = self._outgoing.get((tensor, stage, chunk, direction))
         if transfer is None:  # sent before the failure
@@ -165,6 +168,16 @@ class Transfers:
                 self._let_go(target)
         with self._watch():
             self._links.check()
+
+    def forget(self) -> None:
+        """Take back what this rank published, once all ranks are behind the step and know it.
+
+        The store keeps every key: each new shape of the inputs would leave some there for good.
+        """
+        for name in self._published:
+            with suppress(RuntimeError):  # a store that cannot delete
+                self._agreement.store("published").delete_key(name)
+        self._published = []
 
     def _post(self, queue: deque[Transfer], position: int, *, wait: bool) -> None:
         last = max((i for i, t in enumerate(queue) if t.needed_by <= position), default=-1)
@@ -206,6 +219,7 @@ class Transfers:
         if edge not in self._edges:
             self._edges[edge] = found
             self._agreement.publish(self._name_of(edge), found)
+            self._published.append(self._name_of(edge))
         expected = self._edges[edge]
         if found not in (DEAD, expected):
             raise ValueError(
@@ -226,17 +240,30 @@ class Transfers:
             if tensor is None:
                 shape, dtype = part
                 tensor = torch.zeros(shape, dtype=dtype, device=self._links.device)
+            if (tuple(tensor.shape), tensor.dtype) != part:  # it would not fit where it goes
+                raise ValueError(
+                    f"the {_name(transfer)} is {_describe(((tensor.shape, tensor.dtype),))}, its "
+                    f"tensor {_describe((part,))}: return one like it"
+                )
             found.append(tensor.contiguous())
         return found
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
-        """After a wait on the device that gave up nothing more can be exchanged."""
+        """After a wait on the device that gave up, or an error of the links, all is over."""
         try:
             yield
+        except torch.OutOfMemoryError:  # of what comes; the links are as they were
+            raise
         except PeerTimeoutError:
             self.broken = True
             raise
+        except RuntimeError as error:
+            self.broken = True
+            raise DualPipeError(
+                f"rank {self.rank} could not exchange tensors with its neighbours in the pipeline: "
+                f"one died, hangs or left the step; see their logs ({error})"
+            ) from error
 
     def _wait(self, moving: Moving, what: str) -> None:
         try:

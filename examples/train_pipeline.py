@@ -335,6 +335,9 @@ def parse_options() -> argparse.Namespace:
     add("--lr", type=float, default=1e-3 if gpus else 5e-3)
     add("--seed", type=int, default=0)
     options = parser.parse_args()
+    for name, value in vars(options).items():
+        if isinstance(value, int) and value < 1 and name not in ("comm_sms", "seed"):
+            parser.error(f"--{name.replace('_', '-')} {value} is not above 0")
     if gpus and options.processes > gpus:
         parser.error(f"--processes {options.processes} exceeds the {gpus} GPUs: use at most {gpus}")
     if options.pipeline_ranks is None:

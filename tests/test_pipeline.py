@@ -212,12 +212,15 @@ def test_two_ranks(gloo_workers_2):
 
 def test_four_ranks(gloo_workers_4):
     cases = [Case(kind, 8, "delayed") for kind in (*KINDS, "dualpipe")]
-    check_cases([*cases, Case("1f1b", 2), Case("zbv", 3, "delayed")], gloo_workers_4)
+    cases += [Case(kind, 11, "delayed", "off") for kind in ("dualpipev", "zb1p")]
+    cases += [Case("dualpipe", 10, "delayed", "off"), Case("1f1b", 2), Case("zbv", 3, "delayed")]
+    check_cases(cases, gloo_workers_4)
 
 
 def test_eight_ranks():
     with WorkerPool(8) as pool:
-        check_cases([Case("dualpipev", 16, "delayed"), Case("dualpipe", 16, "delayed")], pool)
+        cases = [Case(kind, 16, "delayed") for kind in ("dualpipev", "dualpipe")]
+        check_cases([*cases, Case("dualpipev", 19, "delayed", "off"), Case("zbv", 9)], pool)
 
 
 def forward_only(rank, group):

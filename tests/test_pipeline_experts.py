@@ -1,6 +1,8 @@
 """Pipelines of transformer blocks, with expert groups across them."""
 
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pytest
 import torch
@@ -180,6 +182,79 @@ def test_four_pipeline_ranks(gloo_workers_4):
     results = gloo_workers_4.run(experts_across, cases, 4)
     for i, case in enumerate(cases):
         check(case, [result[i] for result in results], 4)
+
+
+def columns_of_their_own(rank, _):
+    """Losses and gradients where the second column's sequences are shorter, then all longer."""
+    pipeline_group, expert_group, pp, part = split_groups(rank, 2)
+    case = Case("dualpipev", 4)
+    schedule = build_schedule(case.kind, 2, case.chunks)
+    stages = case.build(schedule.num_stages, expert_group)
+    modules = [stages[stage] for stage in schedule.stages_of(pp)]
+    pipeline = Pipeline(modules, group=pipeline_group, timeout=60)
+    losses = []
+    for length in (LENGTH - 3 * part, LENGTH, LENGTH - 3 * part):
+        words, labels = (x[:, :length] for x in case.batch(part))
+        passed, options = pass_to(schedule, pp, words, labels)
+        losses.append(pipeline.step(*passed, **options).losses)
+    return losses, [(s, small.gradients(stages[s])) for s in schedule.stages_of(pp)]
+
+
+def test_columns_of_different_shapes(gloo_workers_4):
+    """Also shapes that come back, and columns of which one learns shapes and the other knows."""
+    case = Case("dualpipev", 4)
+    results = gloo_workers_4.run(columns_of_their_own)
+    losses, expected = sequential(case, 4, 2)
+    for part in (0, 1):
+        found = results[part][0]
+        assert relative_error(found[1], losses[part]) <= 1e-6
+        assert torch.equal(found[0], found[2])
+    assert torch.equal(results[0][0][0], results[0][0][1])
+    assert relative_error(results[1][0][0], losses[1]) > 1e-3
+    for rank, (_, stages) in enumerate(results):
+        assert [stage for stage, _ in stages] == ([0, 3] if rank < 2 else [1, 2])
+        for stage, gradients in stages:
+            assert gradients.keys() == expected[stage].keys()
+            assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+class Broken(torch.nn.Module):
+    def forward(self, x):
+        raise ArithmeticError("a broken end")
+
+
+def fail_in_one_column(rank, _, steps):
+    """The error of rank 1 of the first column, or of what came of it, and the seconds until it."""
+    dist.barrier()
+    size, limit = dist.get_world_size(), timedelta(seconds=2)
+    groups = [dist.new_group(ranks, timeout=limit) for ranks in ((0, 1), (2, 3), (0, 2), (1, 3))]
+    (pp, part), case = divmod(rank, size // 2), Case("dualpipev", 4)
+    schedule = build_schedule(case.kind, 2, case.chunks)
+    stages = case.build(schedule.num_stages, groups[pp])
+    modules = [stages[stage] for stage in schedule.stages_of(pp)]
+    pipeline = Pipeline(modules, group=groups[2 + part], timeout=2)
+    passed, options = pass_to(schedule, pp, *case.batch(part))
+    for _ in range(steps):
+        pipeline.step(*passed, **options)
+    if rank == 2:
+        modules[0].last = Broken()
+    start = time.monotonic()
+    try:
+        pipeline.step(*passed, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - start
+    return "nothing", 0.0
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_failure_in_one_column_ends_all(steps, gloo_workers_4):
+    """In its own column with its text, in the other within the limits of the groups."""
+    results = gloo_workers_4.run(fail_in_one_column, steps, timeout=60)
+    texts = [text for text, _ in results]
+    assert texts[2] == "ArithmeticError: a broken end"
+    assert texts[1] != "nothing" and texts[3] != "nothing", texts
+    assert texts[0] != "nothing", texts
+    assert max(waited for _, waited in results) < 3 * 2 + 3, results
 
 
 def wrapped(rank, _, kind, wrapper):

@@ -6,6 +6,7 @@ Links for GPUs are opened on the CPU here, with Gloo's communicators in NCCL's p
 import copy
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,14 +16,15 @@ from hypothesis import strategies as st
 
 from dualpipe_ext import pipeline_links
 from dualpipe_ext.errors import DualPipeError
+from dualpipe_ext.peer_memory import PeerMemory
 from dualpipe_ext.pipeline import Pipeline
 from dualpipe_ext.pipeline_agreement import Agreement, seconds
-from dualpipe_ext.pipeline_links import HostLinks
+from dualpipe_ext.pipeline_links import GroupLinks, HostLinks
 from dualpipe_ext.pipeline_packing import item_parts, pack, unpack
 from dualpipe_ext.pipeline_transfers import incoming_bytes
 from dualpipe_ext.schedule import KINDS, build_schedule
 from tests.small_transformer import gradients
-from tests.test_pipeline import WRONG, Case, Leaving, check, part_of, square_loss
+from tests.test_pipeline import WRONG, Case, Leaving, Residual, check, part_of, square_loss
 
 DTYPES = (torch.bfloat16, torch.float32, torch.int64, torch.bool, torch.float8_e4m3fn)
 PARTS = st.lists(
@@ -187,6 +189,73 @@ def test_each_shape_is_learnt_once_through_the_host(gloo_workers_2):
     assert [way for way, _ in found] == [way for way, _ in others] == ways
     for i in (0, 1, 4, 5):
         torch.testing.assert_close(found[i][1], expected)
+
+
+class FakePeers(GroupLinks):
+    """In place of links over peer memory: the group's, and what was opened and closed."""
+
+    name = "copy engines"
+    log, refused = [], False
+
+    def __init__(self, group, rank, layout, device, timeout):
+        if self.refused and rank == 1:
+            raise RuntimeError("the driver refused to map a peer's memory")
+        super().__init__(group, SimpleNamespace(timeout=timeout), device)
+        self.layout = layout
+        self.log.append(("open", max(layout.slot_bytes.values())))
+
+    def close(self):
+        self.log.append(("close", max(self.layout.slot_bytes.values())))
+
+
+def open_peers(rank, _, counts, refused):
+    """Steps of growing, shrinking and returning shapes: by what they went, why, errors, the log."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline_links, "PeerLinks", FakePeers)
+        patch.setattr(pipeline_links, "choose_backend", lambda *_: ("nvlink", "it is there"))
+        patch.setattr(PeerMemory, "rendezvous", counts[rank])
+        patch.setattr(FakePeers, "refused", refused)
+        patch.setattr(FakePeers, "log", [])
+        stage, group = Residual(1), dist.new_group()
+        timeout = 2.0 if refused else 30.0
+        pipeline = as_on_gpus(Pipeline(stage, schedule="1f1b", group=group, timeout=timeout))
+        ways, errors = [], []
+        for size in (8, 8, 80, 80, 8, 80, 8):
+            x = torch.ones(size, 6)
+            options = {"criterion": square_loss, "labels": [x]} if rank else {}
+            try:
+                pipeline.step(*([] if rank else [x]), num_chunks=4, **options)
+                ways.append(pipeline.links.current.name)
+            except Exception as error:
+                errors.append(f"{type(error).__name__}: {error}")
+        reason = pipeline.links.reason
+        pipeline.close()
+        return ways, reason, errors, FakePeers.log
+
+
+def test_peer_memory_grows_with_the_shapes(gloo_workers_2):
+    """2 x 6 numbers of fp32 a chunk fill a line of 256 bytes, 20 x 6 two."""
+    for ways, reason, _, log in gloo_workers_2.run(open_peers, (3, 3), False, timeout=60):
+        assert ways == [*["host", "copy engines"] * 2, *["copy engines"] * 3]
+        assert reason == "all GPUs reach each other"
+        assert log == [("open", 256), ("close", 256), ("open", 512), ("close", 512)]
+
+
+def test_ranks_that_opened_unequally_many_peer_memories_use_nccl(gloo_workers_2):
+    """Opening one more would hang inside of torch."""
+    for ways, reason, _, log in gloo_workers_2.run(open_peers, (1, 2), False, timeout=60):
+        assert ways == ["host", "nccl", "host", "nccl", "nccl", "nccl", "nccl"]
+        assert "[1, 2] peer memories" in reason and log == []
+
+
+def test_peer_memory_that_one_rank_cannot_open(gloo_workers_2):
+    (ways, _, first, _), (others, _, second, _) = gloo_workers_2.run(
+        open_peers, (1, 1), True, timeout=60
+    )
+    assert ways == others == ["host"]
+    assert first[0].startswith("DualPipeError: rank 0 waited up to 2 s")
+    assert second[0] == "RuntimeError: the driver refused to map a peer's memory"
+    assert all("a step before broke off" in text for text in (*first[1:], *second[1:]))
 
 
 def fail_then_go_on(rank, _, name, kind):
