@@ -392,6 +392,9 @@ def wrong_stage(rank, _, name, kind, timeout):
     except (Exception, Leave) as error:
         text, seconds = f"{type(error).__name__}: {error}", time.monotonic() - start
     if wrong is Leaving:
+        # Gloo's thread would spin on the broken connection for as long as the worker lives.
+        del pipeline
+        dist.destroy_process_group(group)
         return text, seconds, False
     pipeline.modules = [right[s] for s in mine]
     losses = pipeline.step(*passed, **options).losses
