@@ -58,7 +58,8 @@ COMM_KERNELS = "|".join(
         # Ours. The profiler leaves some names mangled: digits for colons.
         r"dualpipe.{0,99}?(?:::|\d)"
         "(?:pull_rows|push_rows|push_fp8|push_ceiling|push_and_sum|pull_and_sum|gather_and_count"
-        "|assign|wait_until_free|wait_outbox|begin_copy|wait_target|tell_target|finish_copy)"
+        "|assign|wait_until_free|wait_outbox|begin_copy|wait_target|tell_target|finish_copy"
+        "|wait_link|tell_link)"
         "(?![a-z_])",
         "Memcpy PtoP",
     )

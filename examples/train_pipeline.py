@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import tempfile
 import time
 from dataclasses import replace
@@ -261,8 +262,9 @@ class Training:
             trace = read_trace(path)
         except ValueError as error:
             return f"not measured: {error}"
-        # NCCL's are transfers between stages, which wait as long as the pipeline does.
-        events = tuple(event for event in trace.events if "nccl" not in event.name.lower())
+        # Transfers between stages wait as long as the pipeline does.
+        between = re.compile("(?i)nccl|wait_link|tell_link")
+        events = tuple(event for event in trace.events if not between.search(event.name))
         share = measure_overlap(replace(trace, events=events)).total.hidden_share
         if share is None:
             return "not measured: the exchange ran no kernels of its own"
