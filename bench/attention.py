@@ -12,17 +12,13 @@ speed(n) / (speed(all) · n / all).
 
 import argparse
 import json
-import os
-import random
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 import triton
+from compute import SETS, environment, interleaved_medians, relative_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dualpipe_ext.flash_attention import flash_attention
@@ -31,7 +27,6 @@ from dualpipe_ext.triton_kernels import attention_backward_query as query_file
 from dualpipe_ext.triton_kernels import attention_forward as forward_file
 
 ROUNDS = 21
-SETS = 2
 
 
 @dataclass(frozen=True)
@@ -102,36 +97,6 @@ class Problem:
     def backward(self, variant: str) -> tuple[torch.Tensor, ...]:
         out = self.outs[variant]
         return torch.autograd.grad(out, self.inputs, self.d_out, retain_graph=True)
-
-
-def interleaved_medians(variants: dict[str, Callable[[int], object]], rounds: int) -> dict:
-    """Median microseconds of each variant, called with the number of the input set."""
-    for variant in variants.values():
-        for chosen in range(SETS):
-            variant(chosen)
-    torch.cuda.synchronize()
-    times = {name: [] for name in variants}
-    shuffle = random.Random(0).shuffle
-    for i in range(rounds):
-        order = list(variants.items())
-        shuffle(order)
-        torch.cuda._sleep(4_000_000 + 400_000 * len(variants))  # about 2 ms, and 200 us a variant
-        events = []
-        for name, variant in order:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            variant(i % SETS)
-            end.record()
-            events.append((name, start, end))
-        torch.cuda.synchronize()
-        for name, start, end in events:
-            times[name].append(start.elapsed_time(end) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    a, b = a.detach().float(), b.detach().float()
-    return float((a - b).norm() / b.norm())
 
 
 def row(shape, direction, variant, us, medians, error, cap=None) -> dict:
@@ -278,20 +243,6 @@ def sweep(directions: list[str], shapes, rounds: int) -> list[dict]:
 # ---- Report ----
 
 
-def environment() -> dict:
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": properties.name,
-        "sms": properties.multi_processor_count,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "triton": triton.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python", sys.argv[0], *map(os.path.basename, sys.argv[1:])]),
-    }
-
-
 def print_table(rows: list[dict]) -> None:
     names = max(len(r["variant"]) for r in rows)
     keys = {"over_cudnn": "÷cudnn", "over_fa2": "÷fa2", "fair": "fair"}
@@ -327,7 +278,8 @@ def main() -> None:
         rows = [r for s in shapes for r in measure(s, arguments.num_sms, arguments.rounds)]
     else:
         rows = sweep(arguments.sweep or list(TABLES), shapes, arguments.rounds)
-    facts = environment()
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    facts = environment(sms) | {"cudnn": torch.backends.cudnn.version()}
     if arguments.json:
         configs = {
             name: {f"{D}/{V}": asdict(config) for (D, V), config in table.items()}

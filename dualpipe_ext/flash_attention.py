@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .operators import define, without_autocast
+from .operators import define, device_facts, has_gluon, without_autocast
 
 __all__ = ["flash_attention", "runs_as_kernels"]
 
@@ -221,31 +221,19 @@ def _reference_backward(
 
 @cache
 def _has_gluon() -> bool:
-    try:
-        import triton
-        from triton.experimental import gluon  # noqa: F401
-    except ImportError:
-        triton = None
-    version = "none" if triton is None else triton.__version__
-    fits = triton is not None and tuple(map(int, version.split(".")[:2])) >= (3, 6)
+    fits = has_gluon()
     if not fits:
         warnings.warn(
-            f"the attention kernels need Triton 3.6 or newer, found {version}: attention runs "
-            "slower without them. Install triton, or choose an implementation by its name.",
+            "the attention kernels need Triton 3.6 or newer: attention runs slower without them. "
+            "Install triton, or choose an implementation by its name.",
             stacklevel=2,
         )
     return fits
 
 
-@cache
-def _device_facts(device: torch.device) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major
-
-
 @torch.compiler.assume_constant_result
 def _takes_kernels(device: torch.device) -> bool:
-    return _device_facts(device)[1] == 9 and _has_gluon()
+    return device_facts(device)[1][0] == 9 and _has_gluon()
 
 
 def _use_kernels(q: Tensor, v: Tensor, implementation: str) -> bool:
@@ -254,8 +242,8 @@ def _use_kernels(q: Tensor, v: Tensor, implementation: str) -> bool:
     widths = (q.shape[-1], v.shape[-1])
     if not q.is_cuda:
         problem = f"tensors on {q.device}: it needs a Hopper GPU"
-    elif _device_facts(q.device)[1] != 9:
-        problem = f"compute capability {_device_facts(q.device)[1]}.x: it needs a Hopper GPU, 9.0"
+    elif device_facts(q.device)[1][0] != 9:
+        problem = f"compute capability {device_facts(q.device)[1][0]}.x: it needs a Hopper GPU, 9.0"
     elif q.dtype not in DTYPES:
         problem = f"{q.dtype}: it takes torch.bfloat16 and torch.float16"
     elif widths not in WIDTHS:
@@ -275,7 +263,7 @@ def _rows(x: Tensor, packed: bool) -> Tensor:
 
 
 def _num_sms(x: Tensor, num_sms: int) -> int:
-    return num_sms or _device_facts(x.device)[0]
+    return num_sms or device_facts(x.device)[0]
 
 
 # ---- Operators ----

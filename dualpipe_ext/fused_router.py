@@ -10,13 +10,13 @@ have the same bits in every run and for every `num_sms`.
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import check_num_sms, define, sm_count, use_triton, without_autocast
+from .operators import check_num_sms, define, has_gluon, sm_count, use_triton, without_autocast
 from .router import count_tokens, select_experts
 
 __all__ = ["fits", "fits_hopper", "route"]
@@ -48,17 +48,7 @@ def fits_hopper(x: Tensor, weight: Tensor, topk: int, n_groups: int) -> bool:
 
 @torch.compiler.assume_constant_result
 def _runs_gluon(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9 and _has_gluon()
-
-
-@cache
-def _has_gluon() -> bool:
-    try:
-        import triton
-        from triton.experimental import gluon  # noqa: F401
-    except ImportError:
-        return False
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+    return torch.cuda.get_device_capability(device)[0] == 9 and has_gluon()
 
 
 def route(

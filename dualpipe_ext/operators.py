@@ -18,6 +18,7 @@ __all__ = [
     "check_num_sms",
     "define",
     "device_facts",
+    "has_gluon",
     "has_triton",
     "is_observed",
     "sm_count",
@@ -171,6 +172,17 @@ def has_triton() -> bool:
         )
         return False
     return True
+
+
+@cache
+def has_gluon() -> bool:
+    """Whether Triton is new enough for the kernels that only Hopper GPUs run."""
+    try:
+        import triton
+        from triton.experimental import gluon  # noqa: F401
+    except ImportError:
+        return False
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 
 
 @cache

@@ -15,7 +15,6 @@ import argparse
 import os
 import re
 import tempfile
-import time
 from dataclasses import replace
 
 import torch
@@ -24,6 +23,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from train_moe import ProgressBar, count_cores, draw_batch, read_text, synchronized_clock
+from train_moe import TimedExchange as TimedCalls
 
 from dualpipe_ext import Exchange, MoELayer
 from dualpipe_ext.attention import GroupedQueryAttention
@@ -81,52 +81,14 @@ def build_stage(
     return stage.to(exchange.device)
 
 
-class TimedExchange(Exchange):
-    """An Exchange that measures the time of its calls, by events on a GPU, else by the clock."""
+class TimedExchange(TimedCalls):
+    """Also the calls that a pair makes of unique rows, with --comm-sms 0: copy engines."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.reset_clock()
-
-    def reset_clock(self) -> None:
-        self._marks = []  # start, end, start, end, ...
-
-    def seconds(self) -> float:
-        """Time in plan, dispatch and combine since `reset_clock`, waiting for peers included."""
-        pairs = list(zip(self._marks[::2], self._marks[1::2], strict=True))
-        if self.device.type == "cpu":
-            return sum(end - start for start, end in pairs)
-        torch.cuda.synchronize(self.device)
-        return sum(start.elapsed_time(end) for start, end in pairs) / 1000
-
-    def plan(self, topk_idx):
-        return self._timed(super().plan, topk_idx)
-
-    def dispatch(self, x, plan, **options):
-        return self._timed(super().dispatch, x, plan, **options)
-
-    def combine(self, rows, plan, **options):
-        return self._timed(super().combine, rows, plan, **options)
-
-    def dispatch_unique(self, x, plan, **options):  # these two with --comm-sms 0: copy engines
+    def dispatch_unique(self, x, plan, **options):
         return self._timed(super().dispatch_unique, x, plan, **options)
 
     def combine_unique(self, plan, **options):
         return self._timed(super().combine_unique, plan, **options)
-
-    def _timed(self, call, *args, **kwargs):
-        self._mark()
-        result = call(*args, **kwargs)
-        self._mark()
-        return result
-
-    def _mark(self) -> None:
-        if self.device.type == "cpu":
-            self._marks.append(time.perf_counter())
-        else:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
 
 
 def average_gradients(stages: list[TransformerStage], group: dist.ProcessGroup) -> None:

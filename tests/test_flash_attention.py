@@ -271,7 +271,7 @@ def test_auto_takes_the_kernels_where_they_run(runs, monkeypatch):
 )
 def test_what_runs_as_kernels(changes, runs, monkeypatch):
     case = dict(D=128, V=128, dtype=torch.bfloat16, is_cuda=True, major=9, gluon=True) | changes
-    monkeypatch.setattr(operator, "_device_facts", lambda device: (132, case["major"]))
+    monkeypatch.setattr(operator, "device_facts", lambda device: (132, (case["major"], 0)))
     monkeypatch.setattr(operator, "_has_gluon", lambda: case["gluon"])
     facts = dict(dtype=case["dtype"], is_cuda=case["is_cuda"], device="a GPU")
     q, v = (SimpleNamespace(shape=(2, 4, 8, case[width]), **facts) for width in "DV")
