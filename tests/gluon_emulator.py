@@ -339,6 +339,8 @@ def emulate(folder: Path, *names: str) -> list[ModuleType]:
     package.__path__ = [str(folder)]
     fakes[f"{package.__name__}.tma_reduce"] = reduce = ModuleType("tma_reduce")
     reduce.async_reduce_add = async_reduce_add
+    fakes[f"{package.__name__}.launch"] = launch = ModuleType("launch")
+    launch.cache_launches = lambda kernel: kernel
     before = {name: sys.modules.get(name) for name in fakes}
     sys.modules.update(fakes | {package.__name__: package})
     try:

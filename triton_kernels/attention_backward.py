@@ -44,6 +44,7 @@ from .attention_tiles import (
     sequence_span,
     shared_layout,
 )
+from .launch import cache_launches
 
 # Integers that the loading warp tells the others of a tile; the first is 0 after the last tile.
 FACTS = gl.constexpr(12)
@@ -272,6 +273,7 @@ def compute_gradients(
     tma.store_wait(0)
 
 
+@cache_launches
 @gluon.jit(
     do_not_specialize=INTEGERS,
     do_not_specialize_on_alignment=["starts_q_table", "starts_k_table"],

@@ -40,6 +40,7 @@ from .attention_tiles import (
     send,
     sequence_span,
 )
+from .launch import cache_launches
 
 # Integers that the loading warp tells the others of a tile; the first is 0 after the last tile.
 FACTS = gl.constexpr(8)
@@ -279,6 +280,7 @@ def compute_tiles(
         mbarrier.wait(q_full.index(0), tile_count & 1)
 
 
+@cache_launches
 @gluon.jit(
     do_not_specialize=INTEGERS,
     do_not_specialize_on_alignment=["starts_q_table", "starts_k_table"],

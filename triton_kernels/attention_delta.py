@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .attention_tiles import LOG2_E, ROWS, locate_tile, num_blocks, scratch_row, sequence_span
+from .launch import cache_launches
 
 # 128 rows are 16 KiB of bf16 for D = 64: one CTA an SM keeps 32 or 64 KiB in flight.
 WARPS = 8
@@ -26,6 +27,7 @@ def row_offsets(b, h, row, stride_b, stride_h, stride_s, columns):
     return gl.expand_dims(lines, 1) * 8 + gl.expand_dims(columns, 0)
 
 
+@cache_launches
 @gluon.jit(do_not_specialize=_INTEGERS, do_not_specialize_on_alignment=["starts_table"])
 def prepare_kernel(
     out_ptr,
@@ -90,6 +92,7 @@ def prepare_kernel(
                 gl.store(dq_sum_ptr + place, gl.zeros([ROWS, D], gl.float32, wide))
 
 
+@cache_launches
 @gluon.jit(do_not_specialize=_INTEGERS[:9], do_not_specialize_on_alignment=["starts_table"])
 def finish_query_gradient_kernel(
     dq_sum_ptr,
@@ -129,6 +132,7 @@ def finish_query_gradient_kernel(
             gl.store(dq_ptr + offset, dq, mask=gl.expand_dims(row < rows, 1))
 
 
+@cache_launches
 @gluon.jit(
     do_not_specialize=["rows", "width", "sequences"],
     do_not_specialize_on_alignment=["starts_table"],

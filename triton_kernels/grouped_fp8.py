@@ -39,6 +39,7 @@ from .attention_tiles import (
     send,
     shared_layout,
 )
+from .launch import cache_launches
 
 __all__ = ["BACKWARD", "FORWARD", "Fp8Config", "grouped_fp8_gemm"]
 
@@ -250,6 +251,7 @@ def multiply_tiles(
     tma.store_wait(0)
 
 
+@cache_launches
 @gluon.jit(
     do_not_specialize=[
         "num_experts",

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import ceil_div
+from .launch import cache_launches
 from .quantize import BLOCK, to_fp8
 
 __all__ = ["swiglu", "swiglu_backward"]
@@ -32,6 +33,7 @@ def sigmoid(x):
     return 1 / (1 + tl.exp(-x))
 
 
+@cache_launches
 @triton.jit(do_not_specialize=["num_experts", "R", "blocks"])
 def swiglu_kernel(
     gate_up_ptr,
@@ -68,6 +70,7 @@ def swiglu_kernel(
         tl.store(scale_ptr + block.to(tl.int64) * R + row, scale, mask=inside)
 
 
+@cache_launches
 @triton.jit(do_not_specialize=["num_experts", "R", "blocks"])
 def swiglu_backward_kernel(
     d_act_ptr,

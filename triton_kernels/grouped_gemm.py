@@ -6,6 +6,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arithmetic import ceil_div
+from .launch import cache_launches
 from .tiles import (
     BLOCK_M,
     GEMM,
@@ -28,6 +29,7 @@ def store_strips(out_desc, m, n, acc, SPLIT: tl.constexpr):
         store_strips(out_desc, m, n + width // 2, right, SPLIT // 2)
 
 
+@cache_launches
 @triton.jit
 def grouped_gemm_kernel(
     rows_desc,

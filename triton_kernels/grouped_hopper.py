@@ -33,6 +33,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arithmetic import ceil_div
 from .attention_tiles import allocate, allocate_barriers, allocate_integers, send
+from .launch import cache_launches
 from .tiles_hopper import (
     DRAW_AHEAD,
     describe,
@@ -280,6 +281,7 @@ def allocate_pipeline(rows_desc, weight_desc, STAGES: gl.constexpr):
     return rows_smem, weight_smem, d_smem, facts_smem, barriers
 
 
+@cache_launches
 @gluon.jit(
     do_not_specialize=["num_experts", "N", "K"],
     do_not_specialize_on_alignment=["offsets_ptr", "counter_ptr"],

@@ -36,6 +36,7 @@ from .grouped_hopper import (
     load_tiles,
     multiply_tile,
 )
+from .launch import cache_launches
 from .tiles_hopper import describe, prefetch, receive, register_steps, tile_counter
 
 STRIP = gl.constexpr(16)  # rows of a strip
@@ -308,6 +309,7 @@ def multiply_and_finish(
         finish(tensors, sizes, place, d_smem, barriers, W, W + 1, BACKWARD, SAVE, 4)
 
 
+@cache_launches
 @gluon.jit(
     do_not_specialize=["num_experts", "K", "eighth", "R"],
     do_not_specialize_on_alignment=["row_weight_ptr", "offsets_ptr", "counter_ptr"],
@@ -358,6 +360,7 @@ def swiglu_backward_hopper_kernel(
     )  # fmt: skip
 
 
+@cache_launches
 @gluon.jit(
     do_not_specialize=["num_experts", "K", "eighth"],
     do_not_specialize_on_alignment=["row_weight_ptr", "offsets_ptr", "counter_ptr"],

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arithmetic import ceil_div
+from .launch import cache_launches
 from .tiles import (
     BLOCK_M,
     GATE_UP,
@@ -65,6 +66,7 @@ def store_activation(
         )
 
 
+@cache_launches
 @triton.jit
 def gate_up_kernel(
     rows_desc,
@@ -203,6 +205,7 @@ def store_gate_up_gradient(
     return part
 
 
+@cache_launches
 @triton.jit(do_not_specialize=["R"])
 def swiglu_backward_kernel(
     d_out_desc,

@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arithmetic import ceil_div
+from .launch import cache_launches
 from .tiles import BLOCK_M, WGRAD, WGRAD_ACCUMULATE, TileConfig, is_hopper, split_columns
 
 
@@ -30,6 +31,7 @@ def put_strips(dw_desc, expert, m, n, acc, ACCUMULATE: tl.constexpr, SPLIT: tl.c
         put_strips(dw_desc, expert, m, n + width // 2, right, ACCUMULATE, SPLIT // 2)
 
 
+@cache_launches
 @triton.jit(do_not_specialize=["R"])
 def grouped_wgrad_kernel(
     y_desc,

@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .arithmetic import ceil_div
 from .attention_tiles import allocate, allocate_barriers, allocate_integers, matrix, send
+from .launch import cache_launches
 from .tiles_hopper import DRAW_AHEAD, describe, draw, prefetch, receive, split_columns, tile_counter
 from .tma_reduce import async_reduce_add
 
@@ -280,6 +281,7 @@ def carry_strips(
         mbarrier.wait(facts_full.index(count % FACT_SLOTS), count // FACT_SLOTS & 1)
 
 
+@cache_launches
 @gluon.jit(
     do_not_specialize=["num_experts", "num_a", "num_b", "rows", "M", "N"],
     do_not_specialize_on_alignment=["offsets_table"],

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import ceil_div
+from .launch import cache_launches
 
 __all__ = ["quantize_rows", "quantize_weights"]
 
@@ -32,6 +33,7 @@ def to_fp8(x, dtype: tl.constexpr):
     return (x * tl.div_rn(largest, amax)).to(dtype), tl.div_rn(amax, largest)
 
 
+@cache_launches
 @triton.jit(do_not_specialize=["num_experts", "R", "vectors"])
 def quantize_rows_kernel(
     x_ptr,
@@ -63,6 +65,7 @@ def quantize_rows_kernel(
         tl.store(target, scale, mask=block * BLOCK < K)
 
 
+@cache_launches
 @triton.jit(do_not_specialize=["vectors_n", "vectors_k"])
 def quantize_weights_kernel(
     weight_ptr,

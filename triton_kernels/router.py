@@ -30,6 +30,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arithmetic import ceil_div, power_of_two
+from .launch import cache_launches
 from .router_tiles import BLOCK_E, block_of, columns_of, even_splits
 
 __all__ = ["RouterConfig", "config_for", "route"]
@@ -196,6 +197,7 @@ def choose_experts(
     return index, weight * route_scale, probability, valid & (key == LOWEST)
 
 
+@cache_launches
 @triton.jit(do_not_specialize=["T", "H", "row_tiles", "splits"])
 def route_kernel(
     x_desc,

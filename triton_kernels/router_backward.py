@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arithmetic import ceil_div, power_of_two
+from .launch import cache_launches
 from .router import PARTS, split_parts
 from .router_tiles import BLOCK_E, even_splits
 from .row_tiles import row_kernel
@@ -123,6 +124,7 @@ def d_logits_kernel(
         tl.store(low_ptr + target, low, mask=mask)
 
 
+@cache_launches
 @triton.jit(do_not_specialize=["T", "H", "splits"])
 def route_backward_kernel(
     high_desc,

@@ -37,6 +37,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arithmetic import ceil_div, power_of_two
 from .attention_tiles import allocate, allocate_barriers, shared_layout
+from .launch import cache_launches
 from .router_tiles import counters, even_grid, even_splits
 
 __all__ = ["BackwardHopperConfig", "gradients_hopper"]
@@ -250,6 +251,7 @@ def multiply_d_weight(
                     add_splits(first, parts_ptr, d_weight_ptr, n, splits, E, H, N)
 
 
+@cache_launches
 @gluon.jit(do_not_specialize=["T", "vectors", "strips", "splits", "items"])
 def gradients_hopper_kernel(
     x_desc,

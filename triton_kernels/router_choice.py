@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from .arithmetic import ceil_div, power_of_two
+from .launch import cache_launches
 from .router import choose_experts, locate_experts
 from .router_tiles import columns_of, counters
 
@@ -43,6 +44,7 @@ def add_up(value, state_ptr, blocks, LOST: tl.constexpr = LOST, ADDED: tl.conste
     return total & ((low << LOST) - 1), (total >> LOST) & ((low << (ADDED - LOST)) - 1), last
 
 
+@cache_launches
 @triton.jit(do_not_specialize=["T", "splits", "blocks"])
 def choose_kernel(
     parts_ptr,

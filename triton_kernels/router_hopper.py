@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .attention_tiles import allocate_barriers, shared_layout
+from .launch import cache_launches
 from .router_tiles import (
     BLOCK_E,
     ceil_div,
@@ -253,6 +254,7 @@ def multiply(
         leave_sums(lower, target + BLOCK * ALL, first + BLOCK, T, SIDE_BY_SIDE, ALL)
 
 
+@cache_launches
 @gluon.jit(do_not_specialize=["T", "vectors", "splits", "items"])
 def logits_hopper_kernel(
     x_desc,

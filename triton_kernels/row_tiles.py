@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import ceil_div, power_of_two
+from .launch import cache_launches
 
 VECTOR = 8  # elements: 16 bytes of bf16; H and strides of rows are multiples of it
 SCALE_BLOCK = 128  # columns that share an fp8 scale
@@ -91,7 +92,7 @@ def row_kernel(function):
     tables = [n for n in names if n.endswith("_table")]
     integers = [n for n in names if not n.endswith(("_ptr", "_table"))]
     decorate = triton.jit(do_not_specialize=integers, do_not_specialize_on_alignment=tables)
-    return decorate(function)
+    return cache_launches(decorate(function))
 
 
 @triton.jit

@@ -1,0 +1,183 @@
+"""A launch that is looked up passes what Triton's own would, to the kernel that it would compile.
+
+The driver is a fake that notes launches; kernels are compiled for sm_90, as everywhere.
+"""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", minversion="3.6")
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.experimental import gluon  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Boxes  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+from dualpipe_ext.triton_kernels.launch import VERSIONS, cache_launches  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not triton.__version__.startswith(VERSIONS), reason="launches go Triton's way"
+)
+
+
+def copy_kernel(x_ptr, y_ptr, scale, n, m, SIZE: tl.constexpr, ADD: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + i, mask=i < n, other=0) * scale
+    if ADD:
+        x += m
+    if y_ptr is not None:
+        tl.store(y_ptr + i, x, mask=i < n)
+
+
+def box_kernel(desc, out_desc, SIZE: tl.constexpr):
+    out_desc.store([0, 0], desc.load([0, 0]))
+
+
+def gluon_kernel(desc, SIZE: gl.constexpr):
+    smem = gl.allocate_shared_memory(desc.dtype, desc.block_type.shape, desc.layout)  # noqa: F841
+
+
+class Utils:
+    """The part of Triton's CUDA utilities that a launch calls."""
+
+    def load_binary(self, *arguments):
+        return 1, 2, 32, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536,
+                "warpSize": 32}  # fmt: skip
+
+    def unload_module(self, module):
+        pass
+
+
+class Driver:
+    """One device of compute capability 9.0; every launch is noted."""
+
+    utils, binary_ext = Utils(), "cubin"
+
+    def __init__(self):
+        self.launches, self.stream = [], 7
+        self.launcher_cls = self._make_launcher
+
+    def _make_launcher(self, source, metadata):
+        return lambda *arguments: self.launches.append((source.hash(), metadata.hash, arguments))
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return self.stream
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    found = Driver()
+    before = driver._active
+    driver.set_active(found)
+    yield found
+    driver.set_active(before)
+
+
+def launches_twice(fake, plain, cached, grid, *arguments, **constants):
+    """The same launch by Triton and by ours; whether ours looked it up."""
+    before = len(cached.run._found)
+    del fake.launches[:]
+    for kernel in (plain, cached):
+        kernel[grid](*arguments, **constants)
+    (source, compiled, expected), (same_source, same, given) = fake.launches
+    assert (source, compiled) == (same_source, same)
+    x_y_z, stream, function, metadata = expected[:3], *expected[3:6]
+    assert (x_y_z, stream, function, metadata) == (given[:3], *given[3:6])
+    assert len(expected[9:]) == len(given[9:])
+    assert all(a is b or a == b for a, b in zip(expected[9:], given[9:], strict=True))
+    return len(cached.run._found) == before
+
+
+def both(function, jit=triton.jit, **options):
+    return jit(**options)(function), cache_launches(jit(**options)(function))
+
+
+def test_as_triton_whatever_changes(fake):
+    pair = both(copy_kernel)
+    x, y = torch.zeros(64), torch.zeros(64)
+    usual = {"SIZE": 32, "ADD": True, "num_warps": 1}
+    first = ((3,), x, y, 2.0, 17, 5)
+    assert not launches_twice(fake, *pair, *first, **usual)
+    assert launches_twice(fake, *pair, *first, **usual)
+    for n in (18, 2**30 + 1):  # of one kind
+        assert launches_twice(fake, *pair, (4, 5), y, x, 0.5, n, 7, **usual)
+    fake.stream = 8
+    assert launches_twice(fake, *pair, (1, 2, 3), x, y, 2.0, 17, 5, **usual)
+    for n in (1, 16, 0, 2**31, 2**35, -1, -(2**31) - 1):
+        launches_twice(fake, *pair, (3,), x, y, 2.0, n, 5, **usual)
+        assert launches_twice(fake, *pair, (3,), x, y, 2.0, n, 5, **usual), n
+    for a, b in ((x[1:], y), (x, y[1:]), (x.half(), y), (x, None), (torch.nn.Parameter(x), y)):
+        launches_twice(fake, *pair, (3,), a, b, 2.0, 17, 5, **usual)
+        assert launches_twice(fake, *pair, (3,), a, b, 2.0, 17, 5, **usual)
+    for change in ({"SIZE": 64}, {"ADD": False}, {"num_warps": 2}):
+        assert not launches_twice(fake, *pair, *first, **usual | change)
+        assert launches_twice(fake, *pair, *first, **usual | change)
+
+
+def test_sizes_that_are_not_specialized(fake):
+    pair = both(copy_kernel, do_not_specialize=["n", "m"])
+    x, usual = torch.zeros(64), {"SIZE": 32, "ADD": True}
+    for n in (17, 16, 1, 2**31, 17):
+        launches_twice(fake, *pair, (3,), x, x, 2.0, n, 5, **usual)
+
+
+def test_descriptors(fake):
+    pair = both(box_kernel)
+    x = torch.zeros(64, 64)
+    boxes = {
+        size: [TensorDescriptor(x, [64, 64], [64, 1], [16, size]) for _ in range(2)]
+        for size in (16, 32)
+    }
+    assert not launches_twice(fake, *pair, (1,), *boxes[16], SIZE=1)
+    assert launches_twice(fake, *pair, (1,), *boxes[16], SIZE=1)
+    assert not launches_twice(fake, *pair, (1,), *boxes[32], SIZE=1)
+    half = [TensorDescriptor(x.half(), [64, 64], [64, 1], [16, 16]) for _ in range(2)]
+    assert not launches_twice(fake, *pair, (1,), *half, SIZE=1)
+
+
+def test_layouts(fake):
+    pair = both(gluon_kernel, gluon.jit)
+    x = torch.zeros(64, 64, dtype=torch.bfloat16)
+    known = []
+    for width in (64, 128, 64, 128):
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=16, rank=2)
+        boxes = Boxes(x, [64, 64], [64, 1], [16, 64], layout)
+        launches_twice(fake, *pair, (1,), boxes, SIZE=1)
+        known.append(launches_twice(fake, *pair, (1,), boxes, SIZE=1))
+    assert all(known)
+
+
+def test_hooks_are_called(fake):
+    _, kernel = both(copy_kernel)
+    x, usual, names = torch.zeros(64), {"SIZE": 32, "ADD": True}, []
+    kernel[(1,)](x, x, 2.0, 3, 4, **usual)
+    triton.knobs.runtime.launch_enter_hook.add(hook := lambda facts: names.append(facts))
+    try:
+        kernel[(1,)](x, x, 2.0, 3, 4, **usual)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+    enter = fake.launches[-1][2][7]
+    assert enter is triton.knobs.runtime.launch_enter_hook
+
+
+def test_constants_by_position_or_by_default_are_left_to_triton(fake):
+    pair = both(copy_kernel)
+    x = torch.zeros(64)
+    for size in (32, 64, 32):
+        launches_twice(fake, *pair, (3,), x, x, 2.0, 17, 5, size, ADD=True)
+    assert not pair[1].run._found

@@ -1,0 +1,90 @@
+"""Launches of a kernel after its first, for a third of the host's time.
+
+JITFunction.run binds, specializes and hashes every argument anew in each launch: 30 to 40 us, and a
+transformer block forward and backward has about thirty. What follows looks the compiled kernel up
+by less, and by nothing that Triton would not have told apart.
+"""
+
+import torch
+import triton
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+try:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+except ImportError:  # before Triton 3.6
+    GluonDescriptor = TensorDescriptor
+
+__all__ = ["cache_launches"]
+
+VERSIONS = ("3.6.",)  # of Triton, whose compiled kernels are called as below
+ONES = {1: (1, 1), 2: (1,), 3: ()}
+
+
+def cache_launches(kernel):
+    """Decorates a kernel whose launches name all constants, and nothing else, by keyword.
+
+    `kernel[grid](...)` stays as it is. A change of Triton's debug mode or of a global constant
+    after the first launch goes unnoticed; launch hooks are served, by Triton's own way.
+    """
+    if isinstance(kernel, JITFunction) and triton.__version__.startswith(VERSIONS):
+        kernel.run = _CachedLaunches(kernel)
+    return kernel
+
+
+class _CachedLaunches:
+    """In place of `JITFunction.run`."""
+
+    def __init__(self, kernel: JITFunction) -> None:
+        self._parameters, self._hooks = kernel.params, kernel.pre_run_hooks
+        self._run = kernel.run
+        self._found: dict[tuple, tuple] = {}
+
+    def __call__(self, *args, grid, warmup, **constants):
+        runtime = knobs.runtime
+        hooks = self._hooks or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
+        active = driver.active
+        device = active.get_current_device()
+        key = None if warmup or hooks else _key(device, args, constants)
+        found = self._found.get(key)
+        if found is None:
+            compiled = self._run(*args, grid=grid, warmup=warmup, **constants)
+            if key is not None:
+                self._keep(key, compiled, args, constants)
+            return compiled
+        compiled, run, names, _ = found
+        stream = active.get_current_stream(device)
+        values = [constants[name] for name in names]
+        function, metadata = compiled.function, compiled.packed_metadata
+        run(*grid, *ONES[len(grid)], stream, function, metadata, None, None, None, *args, *values)
+        return compiled
+
+    def _keep(self, key: tuple, compiled, args: tuple, constants: dict) -> None:
+        given, rest = self._parameters[: len(args)], self._parameters[len(args) :]
+        by_name = all(p.is_constexpr and p.name in constants for p in rest)
+        if by_name and not any(p.is_constexpr for p in given):
+            layouts = [x.layout for x in args if type(x) is GluonDescriptor]  # their ids: in `key`
+            self._found[key] = compiled, compiled.run, [p.name for p in rest], layouts
+
+
+def _key(device: int, args: tuple, constants: dict) -> tuple | None:
+    """What decides which compiled kernel runs, or more than that; None: ask Triton."""
+    key = [device, *constants, *constants.values()]
+    add = key.append
+    for x in args:
+        kind = type(x)
+        if kind is int:
+            add(-1 if x == 1 else (x % 16 == 0) + x.bit_length() // 32 * 2)
+        elif kind is torch.Tensor or kind is torch.nn.Parameter:
+            add(x.dtype if x.data_ptr() % 16 == 0 else (x.dtype,))
+        elif kind is GluonDescriptor:
+            add((x.base.dtype, x.padding, id(x.layout), *x.block_shape))
+        elif kind is TensorDescriptor:
+            add((x.base.dtype, x.padding, *x.block_shape))
+        elif kind is float or x is None:
+            add(kind)
+        else:
+            return None
+    return tuple(key)
