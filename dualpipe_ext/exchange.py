@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .agreement import ExchangeOptions, agree_on_backend
 from .errors import ExchangeClosedError
+from .ranges import named_range
 from .reference import ReferenceBackend
 from .routing import Plan, RoutingLayout
 from .unique_rows import UniqueRows
@@ -359,7 +360,7 @@ class Exchange:
         return count
 
     def _backend_call(self, name: str, *args):
-        with torch.profiler.record_function(f"dualpipe_ext::{name}"):
+        with named_range(f"dualpipe_ext::{name}"):
             return getattr(self._backend, name)(*args)
 
     def _check_open(self) -> None:

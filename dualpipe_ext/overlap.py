@@ -23,10 +23,10 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from .block import BlockChunk
 from .exchange import Exchange
+from .ranges import named_range
 from .stage import WEIGHT_DELAYS, StageChunk
 
 __all__ = ["LANES", "OverlappedPair"]
@@ -92,7 +92,7 @@ class OverlappedPair:
         Returns the outputs of `forward` and the gradients of `backward`'s inputs.
         """
         run = self._lanes.run
-        f, b = _Track("F"), _Track("B")
+        f, b = self._lanes.tracks("F", "B")
         with self._window(forward, backward):
             self._lanes.share(gradients)
             dx = self._backward(
@@ -145,7 +145,7 @@ class OverlappedPair:
                 f"{first.channel!r} and {second.channel!r}: start them from stages of one depth, "
                 'one with channel="backward"'
             )
-        run, tracks = self._lanes.run, (_Track("F1"), _Track("F2"))
+        run, tracks = self._lanes.run, self._lanes.tracks("F1", "F2")
         share = self.num_sms, self.take_over
         a, b = tracks
         with self._window(first, second):
@@ -231,10 +231,9 @@ class OverlappedPair:
 class _Track:
     """Where one micro-batch stands: its last segment's lane and the event after it."""
 
-    def __init__(self, mark: str) -> None:
-        self.mark, self.layer = mark, 0
+    def __init__(self, mark: str, event: torch.cuda.Event | None) -> None:
+        self.mark, self.event, self.layer = mark, event, 0
         self.lane: str | None = None
-        self.event: torch.cuda.Event | None = None
 
 
 class _Lanes:
@@ -255,6 +254,9 @@ class _Lanes:
         if self._cuda:
             self._compute.wait_stream(self._comm)
 
+    def tracks(self, *marks: str) -> list[_Track]:
+        return [_Track(mark, torch.cuda.Event() if self._cuda else None) for mark in marks]
+
     def share(self, tensors: Sequence[Tensor | None]) -> None:
         """Tensors of the compute lane that the communication lane will read."""
         if self._cuda:
@@ -268,7 +270,7 @@ class _Lanes:
         Track None: nobody waits for it, and its inputs are of its own lane.
         """
         label = name if track is None else f"{name} {track.mark} layer {track.layer}"
-        with record_function(f"{lane}: {label}"):
+        with named_range(f"{lane}: {label}"):
             if not self._cuda:
                 return function(*args)
             stream, other = self._compute, self._comm
@@ -276,10 +278,14 @@ class _Lanes:
                 stream, other = other, stream
             if track is not None and track.lane not in (None, lane):
                 stream.wait_event(track.event)
-            with torch.cuda.stream(stream):
+            if lane == "comm":
+                with torch.cuda.stream(stream):
+                    found = function(*args)
+            else:  # already the current one
                 found = function(*args)
             if track is not None:
-                track.lane, track.event = lane, stream.record_event()
+                track.lane = lane
+                track.event.record(stream)
                 # The allocator must not hand them out again while the other lane still reads.
                 for tensor in (found,) if isinstance(found, Tensor) else found or ():
                     if tensor is not None:

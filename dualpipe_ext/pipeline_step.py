@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from .data_parallel import unwrap
 from .errors import DualPipeError
 from .pipeline_transfers import Transfers
+from .ranges import named_range
 from .schedule import Action, Schedule
 from .stage import HookChunk, StageChunk, start_chunk
 
@@ -119,7 +119,7 @@ class Step:
             if self.forward_only:
                 parts = tuple(part for part in parts if part.op == "F")
             if self.failure is None and parts:
-                with self.watch(), record_function(f"pipeline: {action}"):
+                with self.watch(), named_range(f"pipeline: {action}"):
                     self.transfers.post(position)
                     self._run(parts)
             if self.failure is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from .weight_gradients import WeightGradients
+from .weight_gradients import WeightGradients, run_backward
 
 __all__ = ["Segment"]
 
@@ -70,7 +70,7 @@ class Segment:
             if end is not None and gradient is not None
         ]
         if reached:
-            torch.autograd.backward(*map(list, zip(*reached, strict=True)))
+            run_backward(*map(list, zip(*reached, strict=True)))
         found = tuple(leaf.grad for leaf in self._leaves)
         self._leaves = self._ends = ()
         return found

@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["DelayedLinear", "WeightGradients", "accumulate", "delay_linears", "linear"]
+__all__ = [
+    "DelayedLinear",
+    "WeightGradients",
+    "accumulate",
+    "delay_linears",
+    "linear",
+    "run_backward",
+]
 
 # Who collects in the forward that runs now: a name for it, the gradients themselves are in objects.
 _collector: ContextVar["WeightGradients | None"] = ContextVar("collector", default=None)
@@ -79,7 +86,13 @@ def accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | 
             leaves.append(parameter)
             found.append(gradient.to(parameter.dtype))
     if leaves:
-        torch.autograd.backward(leaves, found)
+        run_backward(leaves, found)
+
+
+def run_backward(ends: Sequence, gradients: Sequence[Tensor]) -> None:
+    """torch.autograd.backward in this thread: autograd's own for a GPU is a hand-over away."""
+    with torch.autograd.set_multithreading_enabled(False):
+        torch.autograd.backward(ends, gradients)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

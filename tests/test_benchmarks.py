@@ -45,6 +45,13 @@ def test_pair_benchmark(tmp_path):
     assert (tmp_path / "pair-tiny-rank1.json.gz").exists()
 
 
+def test_pair_benchmark_of_whole_steps(tmp_path):
+    options = "--shapes tiny --ranks 2 --repeats 1 --layers 1 --comm-sms 8 --graphs --no-trace"
+    result, _ = run(tmp_path, "bench/pair.py", *options.split(), "--weight-delay", "all")
+    splits = [(r["form"], r["comm_sms"], r["weight_delay"]) for r in result["results"]]
+    assert splits == [("expert", 8, "all"), ("unique", 8, "all")]
+
+
 def test_trace_of_pairs_is_cut_at_the_markers(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from pair import cut_at_markers

@@ -23,11 +23,28 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def copy_kernel(x_ptr, y_ptr, scale, n, m, SIZE: tl.constexpr, ADD: tl.constexpr):
+NEGATE = tl.constexpr(False)
+
+
+def copy_kernel(
+    x_ptr,
+    y_ptr,
+    scale,
+    n,
+    m,
+    SIZE: tl.constexpr,
+    ADD: tl.constexpr,
+    TWICE: tl.constexpr = 1,
+    NEGATE: tl.constexpr = NEGATE,
+):
     i = tl.arange(0, SIZE)
     x = tl.load(x_ptr + i, mask=i < n, other=0) * scale
     if ADD:
         x += m
+    if TWICE == 2:
+        x *= 2
+    if NEGATE:
+        x = -x
     if y_ptr is not None:
         tl.store(y_ptr + i, x, mask=i < n)
 
@@ -124,7 +141,7 @@ def test_as_triton_whatever_changes(fake):
     for a, b in ((x[1:], y), (x, y[1:]), (x.half(), y), (x, None), (torch.nn.Parameter(x), y)):
         launches_twice(fake, *pair, (3,), a, b, 2.0, 17, 5, **usual)
         assert launches_twice(fake, *pair, (3,), a, b, 2.0, 17, 5, **usual)
-    for change in ({"SIZE": 64}, {"ADD": False}, {"num_warps": 2}):
+    for change in ({"SIZE": 64}, {"ADD": False}, {"num_warps": 2}, {"TWICE": 2}, {"NEGATE": True}):
         assert not launches_twice(fake, *pair, *first, **usual | change)
         assert launches_twice(fake, *pair, *first, **usual | change)
 
@@ -175,7 +192,7 @@ def test_hooks_are_called(fake):
     assert enter is triton.knobs.runtime.launch_enter_hook
 
 
-def test_constants_by_position_or_by_default_are_left_to_triton(fake):
+def test_constants_by_position_are_left_to_triton(fake):
     pair = both(copy_kernel)
     x = torch.zeros(64)
     for size in (32, 64, 32):

@@ -5,6 +5,8 @@ transformer block forward and backward has about thirty. What follows looks the 
 by less, and by nothing that Triton would not have told apart.
 """
 
+import inspect
+
 import torch
 import triton
 from triton import knobs
@@ -20,11 +22,12 @@ except ImportError:  # before Triton 3.6
 __all__ = ["cache_launches"]
 
 VERSIONS = ("3.6.",)  # of Triton, whose compiled kernels are called as below
+EMPTY = inspect.Parameter.empty
 ONES = {1: (1, 1), 2: (1,), 3: ()}
 
 
 def cache_launches(kernel):
-    """Decorates a kernel whose launches name all constants, and nothing else, by keyword.
+    """Decorates a kernel whose launches pass constants, and nothing else, by keyword.
 
     `kernel[grid](...)` stays as it is. A change of Triton's debug mode or of a global constant
     after the first launch goes unnoticed; launch hooks are served, by Triton's own way.
@@ -54,19 +57,20 @@ class _CachedLaunches:
             if key is not None:
                 self._keep(key, compiled, args, constants)
             return compiled
-        compiled, run, names, _ = found
+        compiled, run, rest, _ = found
         stream = active.get_current_stream(device)
-        values = [constants[name] for name in names]
+        values = [constants.get(name, default) for name, default in rest]
         function, metadata = compiled.function, compiled.packed_metadata
         run(*grid, *ONES[len(grid)], stream, function, metadata, None, None, None, *args, *values)
         return compiled
 
     def _keep(self, key: tuple, compiled, args: tuple, constants: dict) -> None:
         given, rest = self._parameters[: len(args)], self._parameters[len(args) :]
-        by_name = all(p.is_constexpr and p.name in constants for p in rest)
-        if by_name and not any(p.is_constexpr for p in given):
+        named = [(p.name, p.default) for p in rest if p.is_constexpr]
+        missing = [name for name, default in named if default is EMPTY and name not in constants]
+        if len(named) == len(rest) and not missing and not any(p.is_constexpr for p in given):
             layouts = [x.layout for x in args if type(x) is GluonDescriptor]  # their ids: in `key`
-            self._found[key] = compiled, compiled.run, [p.name for p in rest], layouts
+            self._found[key] = compiled, compiled.run, named, layouts
 
 
 def _key(device: int, args: tuple, constants: dict) -> tuple | None:

@@ -100,6 +100,51 @@ def check_two_forwards(stage, inputs, device):
             assert torch.equal(one, other)
 
 
+def check_graph(rank, group, options):
+    """A graph of a chain of pairs, replayed on other inputs, against the same chain in order."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    device = torch.device("cuda", rank)
+    stages = [build_stage(depth, group, device, depth, **options) for depth in (2, 1)]
+    inputs, gradients = (random_inputs(4, device, seed + 10 * rank) for seed in (1, 2))
+    pair = OverlappedPair(device, comm_sms=options.get("comm_sms", 8), num_sms=116)
+    run(stages, inputs, gradients, pair)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        captured = run(stages, inputs, gradients, pair)
+    for seed in range(3, 3 + ROUNDS):
+        inputs.copy_(random_inputs(4, device, seed + 10 * rank))
+        graph.replay()
+        found = [result.clone() for result in captured]
+        expected = run(stages, inputs, gradients, None)
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert torch.equal(one, other), (seed, i, (one - other).abs().max().item())
+    for stage in stages:
+        for block in stage.blocks:
+            block.feed_forward.exchange.check()
+            block.feed_forward.close()
+    torch.use_deterministic_algorithms(False)
+
+
+GRAPHS = [
+    {"max_rows": 16384},
+    {"max_rows": 16384, "form": "unique"},
+    {"max_rows": 16384, "form": "unique", "comm_sms": 0},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", GRAPHS, ids=str)
+def test_graph_of_pairs(options):
+    check_graph(0, None, options)
+
+
+@pytest.mark.gpu_2
+@pytest.mark.parametrize("options", GRAPHS, ids=str)
+def test_graph_of_pairs_on_two_gpus(options, gpu_workers_2):
+    gpu_workers_2.run(check_graph, options, timeout=300)
+
+
 @pytest.mark.gpu
 def test_pairs_on_one_gpu():
     check_pairs(0, None)

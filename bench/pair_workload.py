@@ -1,0 +1,314 @@
+"""What bench/pair.py times: a stage, its exchanges, and single calls of them, or graphs of many."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from layer import SHAPES as LAYER_SHAPES
+from ranks import local_device, time_in_turn
+
+from dualpipe_ext import Exchange, MoELayer
+from dualpipe_ext.attention import GroupedQueryAttention
+from dualpipe_ext.block import TransformerBlock
+from dualpipe_ext.exchange import CHANNELS
+from dualpipe_ext.overlap import OverlappedPair
+from dualpipe_ext.stage import WEIGHT_DELAYS, StageChunk, TransformerStage
+
+__all__ = ["FORMS", "HOST_US", "SEQUENCE", "SHAPES", "GraphWorkload", "Workload"]
+
+# name: tokens a rank, hidden, expert width, experts, topk
+SHAPES = LAYER_SHAPES | {"tiny": (64, 64, 32, 16, 2)}
+SEQUENCE = 4096
+FORMS = ("expert", "unique")
+HOST_US = 8000  # a call without waits keeps the host busy for about as long
+TIMEOUT = 60.0  # seconds until a rank that fails ends the others
+SHORT, LONG = 2, 6  # micro-batches of a graph
+ROOM = 1.3  # rows that a rank's experts may get, over the mean
+
+Key = tuple  # ("pair", form, comm_sms, weight_delay), ("in order" or "comm", form, comm_sms),
+# ("compute", form): a launch, a forward and a backward of all layers
+
+
+class Replay:
+    """In place of a layer's exchange: what it brought the first time, again and again.
+
+    Expanding unique rows and summing them is computation, and done.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._kept: dict[tuple, object] = {}
+
+    def __getattr__(self, name: str):
+        found = getattr(self._exchange, name)
+        if name not in ("plan", "dispatch", "combine", "dispatch_unique", "combine_unique"):
+            return found
+        return functools.partial(self._replay, name, found)
+
+    def _replay(self, name: str, call: Callable, *args, **options):
+        key = (name, options.get("channel"))
+        if key not in self._kept:
+            self._kept[key] = call(*args, **options)
+        return self._kept[key]
+
+
+@dataclass
+class Form:
+    """An exchange, what it sends when it runs alone, and micro-batches whose backward is next.
+
+    `before` went through the exchange, `replayed` through `replays`, a stand-in a layer.
+    """
+
+    exchange: Exchange
+    plan: object
+    rows: torch.Tensor
+    row_weight: torch.Tensor
+    topk_weight: torch.Tensor
+    before: StageChunk
+    replays: list[Replay]
+    replayed: StageChunk
+
+
+class Workload:
+    """One stage, its exchanges in both forms, inputs and gradients; the methods launch one call.
+
+    Every call runs a forward and a backward, and keeps its forward for the backward of the next.
+    """
+
+    def __init__(self, shape: str, args: argparse.Namespace, rank: int) -> None:
+        tokens, hidden, width, experts, topk = SHAPES[shape]
+        self.device, self.layers = local_device(), args.layers
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.total_sms = 0
+        if self.device.type == "cuda":
+            self.total_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.keep_all_sms = args.mlp_sms != "rest"
+        like = {"dtype": self.dtype, "device": self.device}
+        exchanges = {}
+        for form in args.forms:  # opening is collective: one order on all ranks
+            exchanges[form] = Exchange(
+                dist.group.WORLD,
+                **dict(hidden=hidden, num_experts=experts, topk=topk, max_tokens=tokens),
+                **dict(form=form, timeout=TIMEOUT, max_rows=self.max_rows(shape), **like),
+            )
+        torch.manual_seed(0)  # routers must start alike on all ranks
+        heads = max(4, hidden // 128)
+        blocks = []
+        for _ in range(args.layers):
+            moe = MoELayer(
+                **dict(hidden=hidden, expert_hidden=width, num_experts=experts, topk=topk),
+                **dict(group=dist.group.WORLD, exchange=exchanges[args.forms[0]]),
+                **dict(init_std=hidden**-0.5, **like),
+            )
+            attention = GroupedQueryAttention(hidden, heads=heads, kv_heads=heads // 4, **like)
+            blocks.append(TransformerBlock(hidden, attention, moe, **like))
+        self.stage = TransformerStage(blocks)
+        generator = torch.Generator(self.device).manual_seed(rank + 1)
+        self._random = functools.partial(torch.randn, generator=generator, **like)
+        sequence = min(SEQUENCE, tokens)
+        self.inputs = [self._random(tokens // sequence, sequence, hidden) for _ in range(2)]
+        self.gradient = self._random(tokens // sequence, sequence, hidden)
+        how = {"take_over": args.mlp_sms == "take-over"}
+        self.pairs = {d: OverlappedPair(self.device, weight_delay=d, **how) for d in WEIGHT_DELAYS}
+        self._count = 0
+        self.forms = {form: self._open(exchange) for form, exchange in exchanges.items()}
+
+    @property
+    def backend(self) -> str:
+        return next(iter(self.forms.values())).exchange.backend
+
+    def max_rows(self, shape: str) -> int | None:
+        return None
+
+    def launch(self, key: Key) -> None:
+        kind, *rest = key
+        {
+            "pair": self.pair, "in order": self.in_order, "compute": self.compute,
+            "comm": self.comm,
+        }[kind](*rest)  # fmt: skip
+
+    def time(self, keys: Iterable[Key], repeats: int) -> dict[Key, float]:
+        """Median µs of a launch."""
+        launches = {key: functools.partial(self.launch, key) for key in keys}
+        once = time_in_turn(launches, 1, 1, host_us=HOST_US)  # compiles and warms up
+        calls = min(4, math.ceil(25_000 / min(once.values())))
+        return time_in_turn(launches, repeats, 1, calls, HOST_US)
+
+    def mlp_sms(self, comm_sms: int) -> int | None:
+        """SMs of the experts' GEMMs in a pair; None: all."""
+        return None if self.keep_all_sms or not self.total_sms else self.total_sms - comm_sms
+
+    def pair(self, form: str, comm_sms: int, weight_delay: str) -> None:
+        used = self._use(form, comm_sms, self.mlp_sms(comm_sms))
+        chunk = self._start()
+        self._set_pair(comm_sms, weight_delay).run(chunk, used.before, (self.gradient,))
+        used.before = chunk
+
+    def in_order(self, form: str, comm_sms: int) -> None:
+        used = self._use(form, comm_sms, None)
+        used.before = self._forward_then_backward(used.before)
+
+    def compute(self, form: str) -> None:
+        used = self._use(form, self.forms[form].exchange.comm_sms, None)
+        self._put(used.replays)
+        used.replayed = self._forward_then_backward(used.replayed)
+
+    @torch.no_grad()
+    def comm(self, form: str, comm_sms: int) -> None:
+        """As often as in a pair, in its order; the plan is another one's, for no wait."""
+        used = self._use(form, comm_sms, None)
+        exchange, plan, weight = used.exchange, used.plan, used.topk_weight
+        x, dy = (tensor.flatten(0, 1) for tensor in (self.inputs[0], self.gradient))
+        for _ in range(self.layers):
+            if form == "unique":  # its rows are expanded and summed on the compute lane
+                exchange.dispatch_unique(dy, plan, channel="backward").release()
+                exchange.plan(plan.topk_idx)
+                exchange.dispatch_unique(x, plan, topk_weight=weight).release()
+                exchange.combine_unique(plan, channel="backward")
+                exchange.combine_unique(plan)
+                continue
+            exchange.dispatch(dy, plan, channel="backward")
+            exchange.plan(plan.topk_idx)
+            exchange.dispatch(x, plan, topk_weight=weight)
+            exchange.combine(used.rows, plan, row_weight=used.row_weight, channel="backward")
+            exchange.combine(used.rows, plan)
+
+    def check(self) -> None:
+        """Raise what a kernel reported, and if the arithmetic has left the finite numbers."""
+        for form in self.forms.values():
+            form.exchange.check()
+        for name, parameter in self.stage.named_parameters():
+            if not bool(parameter.grad.isfinite().all()):
+                raise ArithmeticError(f"the gradient of {name} is not finite: times mean nothing")
+
+    def close(self) -> None:
+        for form in self.forms.values():
+            form.exchange.close()
+
+    def _use(self, form: str, comm_sms: int, num_sms: int | None) -> Form:
+        used = self.forms[form]
+        used.exchange.comm_sms = comm_sms
+        if self.total_sms:
+            used.exchange.num_sms = num_sms or self.total_sms
+        self._put([used.exchange] * self.layers)
+        return used
+
+    def _set_pair(self, comm_sms: int, weight_delay: str) -> OverlappedPair:
+        pair = self.pairs[weight_delay]
+        pair.comm_sms, pair.num_sms = comm_sms, self.mlp_sms(comm_sms)
+        return pair
+
+    def _put(self, exchanges: list) -> None:
+        """Give each layer its exchange."""
+        for block, exchange in zip(self.stage.blocks, exchanges, strict=True):
+            block.feed_forward.exchange = exchange
+
+    def _start(self) -> StageChunk:
+        self._count += 1
+        return self.stage.start_chunk(self.inputs[self._count % len(self.inputs)])
+
+    def _forward_then_backward(self, before: StageChunk) -> StageChunk:
+        chunk = self._start()
+        chunk.forward()
+        self._backward(before)
+        return chunk
+
+    def _backward(self, chunk: StageChunk) -> None:
+        chunk.backward_input((self.gradient,))
+        chunk.backward_weight()
+
+    def _open(self, exchange: Exchange) -> Form:
+        """First micro-batches: one through the exchange, and one whose ways are kept, replayed."""
+        self._put([exchange] * self.layers)
+        before = self._start()
+        before.forward()
+        replays = [Replay(exchange) for _ in range(self.layers)]
+        self._put(replays)
+        kept, replayed = self._start(), self._start()
+        kept.forward()
+        kept.backward_input((self.gradient,))
+        kept.backward_weight()
+        replayed.forward()
+        with torch.no_grad():
+            plan = exchange.plan(replays[0].plan().topk_idx)
+            weight = self._random(plan.num_tokens, exchange.topk).float().softmax(-1)
+            x = self.inputs[0].flatten(0, 1)
+            rows, row_weight = exchange.dispatch(x, plan, topk_weight=weight)
+            for channel in CHANNELS:  # fills what "unique" sends home
+                exchange.combine(rows, plan, channel=channel)
+        return Form(exchange, plan, rows, row_weight, weight, before, replays, replayed)
+
+
+class GraphWorkload(Workload):
+    """Without the host: steps of SHORT and of LONG micro-batches are CUDA graphs, and a launch's
+    time is what one micro-batch more takes. The exchanges get `max_rows`."""
+
+    def __init__(self, *args) -> None:
+        self._graphs: dict[tuple[Key, int], Callable[[], None]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        super().__init__(*args)
+
+    def max_rows(self, shape: str) -> int:
+        tokens, _, _, experts, topk = SHAPES[shape]
+        padding = 128 * experts // dist.get_world_size()
+        return math.ceil(ROOM * tokens * topk / 128) * 128 + padding
+
+    def time(self, keys: Iterable[Key], repeats: int) -> dict[Key, float]:
+        keys = list(keys)
+        steps = [(key, count) for key in keys for count in (SHORT, LONG)]
+        for step in steps:
+            if step not in self._graphs:
+                self._graphs[step] = self._capture(*step)
+        launches = {step: self._graphs[step] for step in steps}
+        us = time_in_turn(launches, repeats, 1, host_us=100)
+        return {key: (us[key, LONG] - us[key, SHORT]) / (LONG - SHORT) for key in keys}
+
+    def check(self) -> None:
+        for form, used in self.forms.items():
+            self._step(("in order", form, used.exchange.comm_sms), SHORT)
+        super().check()
+
+    def close(self) -> None:
+        self._graphs.clear()
+        super().close()
+
+    def _capture(self, key: Key, count: int) -> Callable[[], None]:
+        if count == SHORT:
+            self._step(key, count)  # compiles
+        if self._pool is None:
+            return functools.partial(self._step, key, count)
+        torch.cuda.synchronize()
+        self.stage.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._step(key, count)
+        self.stage.zero_grad()
+        return graph.replay
+
+    def _step(self, key: Key, count: int) -> None:
+        """The micro-batches of a step."""
+        kind, form, *rest = key
+        if kind == "comm":
+            for _ in range(count):
+                self.comm(form, *rest)
+            return
+        used = self._use(form, *(rest[:1] or [self.forms[form].exchange.comm_sms]), None)
+        if kind == "compute":
+            self._put(used.replays)
+        chunk = self._start()
+        chunk.forward()
+        for _ in range(count - 1):
+            following = self._start()
+            if kind == "pair":
+                self._set_pair(*rest).run(following, chunk, (self.gradient,))
+            else:
+                following.forward()
+                self._backward(chunk)
+            chunk = following
+        self._backward(chunk)
