@@ -4,8 +4,8 @@
 
 Forward and backward for inputs as a whole, with all that runs a micro-batch: rounding rows, SwiGLU
 and its backward included, and everything that the weights' gradient will need written. "fp8 rows"
-has e4m3 rows already. torch has its two GEMMs of each only, without an activation. The weights are
-rounded once a step, timed apart.
+has rows, or dout, in e4m3 already. torch has its two GEMMs of each only, without an activation. The
+weights are rounded once a step, timed apart.
 
 --gemms adds the four GEMMs one by one, as in bench/compute.py, whose way of timing this is. "torch
 fp8" is `torch._scaled_grouped_mm`, which has one scale a row and one a column: less work than ours.
@@ -67,7 +67,7 @@ class Fp8Problem:
             "drows": bf16.d_gate_up,
         }
         if not gemms:
-            self.rows = {"gate_up": bf16.rows}
+            self.rows = {"gate_up": bf16.rows, "d_gate_up": bf16.dout}
         self.q_rows = {
             gemm: quantize_rows(rows, bf16.offsets, num_sms=num_sms)
             for gemm, rows in self.rows.items()
@@ -92,11 +92,15 @@ class Fp8Problem:
                 scale = scale.T
             inputs = (rows, scale, bf16.row_weight, *weights, *self.w13, *self.w2, offsets, True)
             return ops.grouped_fp8_forward(*inputs, *how, False)[0]
-        inputs = (bf16.dout, bf16.gate_up, bf16.row_weight)
+        inputs = (bf16.gate_up, bf16.row_weight)
         if which == "bf16":
-            return ops.grouped_mlp_dgrad(*inputs, *weights, offsets, *how, False)[0]
+            return ops.grouped_mlp_dgrad(bf16.dout, *inputs, *weights, offsets, *how, False)[0]
+        dout, scale = bf16.dout, None
+        if which == "fp8 rows":
+            dout, scale = self.q_rows["d_gate_up"]
+            scale = scale.T
         weights = (*self.w13[1:], *self.w2[1:])
-        return ops.grouped_fp8_dgrad(*inputs, *weights, offsets, *how)[0]
+        return ops.grouped_fp8_dgrad(dout, scale, *inputs, *weights, offsets, *how)[0]
 
     def q_weight(self, gemm: str) -> tuple[torch.Tensor, torch.Tensor]:
         """[L, N, K] in fp8 and its scales."""
@@ -134,7 +138,7 @@ def measure_passes(shape: Shape, sets: list[Fp8Problem], rounds: int) -> list[di
         variants = {
             "torch bf16, GEMMs only": lambda i, gemms=gemms: [sets[i].bf16.torch(g) for g in gemms]
         }
-        names = ("bf16", "fp8", "fp8 rows") if kind == "forward" else ("bf16", "fp8")
+        names = ("bf16", "fp8", "fp8 rows")
         for name in names:
             variants[name] = lambda i, kind=kind, name=name: sets[i].run(kind, name)
         want = sets[0].run(kind, "bf16")

@@ -251,7 +251,12 @@ class GraphWorkload(Workload):
 
     def __init__(self, *args) -> None:
         self._graphs: dict[tuple[Key, int], Callable[[], None]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self._stream = self._pool = None
+        if torch.cuda.is_available():
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            # Gradients are accumulated on the stream on which a parameter was first used.
+            self._stream.wait_stream(torch.cuda.current_stream())
+            torch.cuda.set_stream(self._stream)
         super().__init__(*args)
 
     def max_rows(self, shape: str) -> int:
@@ -277,6 +282,8 @@ class GraphWorkload(Workload):
     def close(self) -> None:
         self._graphs.clear()
         super().close()
+        if self._stream is not None:
+            torch.cuda.set_stream(torch.cuda.default_stream())
 
     def _capture(self, key: Key, count: int) -> Callable[[], None]:
         if count == SHORT:
@@ -286,7 +293,8 @@ class GraphWorkload(Workload):
         torch.cuda.synchronize()
         self.stage.zero_grad()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        how = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, pool=self._pool, **how):
             self._step(key, count)
         self.stage.zero_grad()
         return graph.replay

@@ -10,7 +10,7 @@ with sums in fp32. Letters as in grouped_mlp.py; q rounds to fp8:
     out     = q(act) @ q(w2).T         drows     = q(d_gate_up) @ q(w13)
 
 Rows that came by `Exchange.dispatch(payload="fp8")` are on the grid already and round to
-themselves.
+themselves. `mlp_forward` and `mlp_dgrad` also take rows and dout that are e4m3 already.
 
 Triton and Gluon kernels on a Hopper GPU (bf16); elsewhere plain torch with the same meaning, which
 rounds, and multiplies what the rounded numbers stand for.
@@ -159,10 +159,6 @@ class Fp8Saved:
     w2: Fp8Weight
     row_scale: torch.Tensor | None  # [R, H / 128] where the rows are e4m3
 
-    def wide_rows(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The rows in `dtype`, for the weights' gradient."""
-        return rows if self.row_scale is None else dequantize_rows(rows, self.row_scale, dtype)
-
 
 def check_fp8(rows, row_scale, w13: torch.Tensor, w2: torch.Tensor) -> None:
     """Of `precision="fp8"`, beside what grouped_mlp checks."""
@@ -174,18 +170,22 @@ def check_fp8(rows, row_scale, w13: torch.Tensor, w2: torch.Tensor) -> None:
                 f"scale: pad the model width to {-(-value // BLOCK) * BLOCK}, or pass "
                 f'precision="bf16"'
             )
-    if row_scale is None:
-        return
-    shape = (len(rows), H // BLOCK)
-    if rows.dtype != E4M3 or row_scale.shape != shape or row_scale.dtype != torch.float32:
+    if row_scale is not None:
+        check_scaled("row", rows, row_scale, w13)
+
+
+def check_scaled(name: str, rows: torch.Tensor, scale: torch.Tensor, w13: torch.Tensor) -> None:
+    """Of e4m3 rows [R, H] and their scales; `name` is that of one."""
+    shape = (len(rows), w13.shape[2] // BLOCK)
+    if rows.dtype != E4M3 or scale.shape != shape or scale.dtype != torch.float32:
         raise ValueError(
-            f"row_scale is {tuple(row_scale.shape)} {row_scale.dtype} with {rows.dtype} rows "
+            f"{name}_scale is {tuple(scale.shape)} {scale.dtype} with {rows.dtype} rows "
             f"{tuple(rows.shape)}: pass both as fp8.quantize_rows returns them, {E4M3} and {shape} "
             f"torch.float32"
         )
-    if not rows.device == row_scale.device == w13.device:
+    if not rows.device == scale.device == w13.device:
         raise ValueError(
-            f"rows are on {rows.device}, row_scale on {row_scale.device}, w13 on {w13.device}: "
+            f"rows are on {rows.device}, {name}_scale on {scale.device}, w13 on {w13.device}: "
             "move them to one device"
         )
 
@@ -215,11 +215,12 @@ def forward(
     return out, gate_up, fp8
 
 
-def dgrad(dout, saved, num_sms: int) -> tuple[torch.Tensor, ...]:
+def dgrad(dout, dout_scale, saved, num_sms: int) -> tuple[torch.Tensor, ...]:
     """drows, drow_weight, d_gate_up and act, of an MLPSaved."""
     w13, w2 = saved.fp8.w13, saved.fp8.w2
     return torch.ops.dualpipe_ext.grouped_fp8_dgrad(
         dout,
+        dout_scale,
         saved.gate_up,
         saved.row_weight,
         w13.transposed,
@@ -239,6 +240,12 @@ def _rounded(x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     return dequantize_rows(*quantize_rows(x), wide)
 
 
+def _wide_rows(rows, scale, here: slice, wide: torch.dtype) -> torch.Tensor:
+    if scale is None:
+        return _rounded(rows[here], wide)
+    return dequantize_rows(rows[here], scale[here], wide)
+
+
 def _wide_matrix(q: torch.Tensor, scales: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     """What one expert's q [N, K] and scales [N / 128, K / 128] stand for."""
     return q.to(wide) * scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
@@ -251,10 +258,7 @@ def _reference_forward(
     wide = accumulation_dtype(out.dtype)
     for expert, (start, end) in enumerate(expert_spans(expert_offsets, len(rows))):
         here = slice(start, end)
-        if row_scale is None:
-            x = _rounded(rows[here], wide)
-        else:
-            x = dequantize_rows(rows[here], row_scale[here], wide)
+        x = _wide_rows(rows, row_scale, here, wide)
         gate_up[here] = x @ _wide_matrix(q13[expert], s13[expert], wide).T
         gate, up = gate_up[here].to(wide).chunk(2, dim=1)
         act = torch.nn.functional.silu(gate) * up * row_weight[here, None]
@@ -264,6 +268,7 @@ def _reference_forward(
 @without_autocast
 def _reference_dgrad(
     dout,
+    dout_scale,
     gate_up,
     row_weight,
     t13,
@@ -276,11 +281,12 @@ def _reference_dgrad(
     d_gate_up,
     act,
 ) -> None:
-    wide = accumulation_dtype(dout.dtype)
+    wide = accumulation_dtype(drows.dtype)
     for expert, (start, end) in enumerate(expert_spans(expert_offsets, len(dout))):
         here = slice(start, end)
-        d_act = _rounded(dout[here], wide) @ _wide_matrix(t2[expert], s2[expert].T, wide).T
-        d_act = d_act.to(dout.dtype).to(wide)
+        d = _wide_rows(dout, dout_scale, here, wide)
+        d_act = d @ _wide_matrix(t2[expert], s2[expert].T, wide).T
+        d_act = d_act.to(drows.dtype).to(wide)
         gate, up = gate_up[here].to(wide).chunk(2, dim=1)
         weight = row_weight[here, None]
         sigmoid = gate.sigmoid()
@@ -323,15 +329,11 @@ def _forward(
     elif R:
         from .triton_kernels.grouped_fp8 import FORWARD, grouped_fp8_gemm
         from .triton_kernels.grouped_fp8_swiglu import swiglu
-        from .triton_kernels.quantize import quantize_rows
 
         rows = rows.contiguous()
         _require_alignment(rows=rows)
         sms = {"num_sms": _sm_count(rows, num_sms)}
-        if row_scale is None:
-            x = quantize_rows(rows, expert_offsets, **sms)
-        else:
-            x = rows, row_scale.T.contiguous()
+        x = _fp8_rows(rows, row_scale, expert_offsets, sms)
         how = sms | {"config": FORWARD}
         grouped_fp8_gemm(*x, q13, s13, expert_offsets, gate_up, **how)
         act = swiglu(gate_up, row_weight, expert_offsets, **sms)
@@ -346,23 +348,43 @@ def _forward_fake(
     return w2.new_empty(R, H), w2.new_empty(R if save else 0, 2 * I)
 
 
-def _dgrad(dout, gate_up, row_weight, t13, s13, t2, s2, expert_offsets, num_sms, implementation):
+def _fp8_rows(rows, scale, expert_offsets, sms: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """As grouped_fp8_gemm takes them."""
+    if scale is not None:
+        return rows, scale.T.contiguous()
+    from .triton_kernels.quantize import quantize_rows
+
+    return quantize_rows(rows, expert_offsets, **sms)
+
+
+def _dgrad(
+    dout,
+    dout_scale,
+    gate_up,
+    row_weight,
+    t13,
+    s13,
+    t2,
+    s2,
+    expert_offsets,
+    num_sms,
+    implementation,
+):
     dout = dout.contiguous()
-    drows, d_gate_up = torch.empty_like(dout), torch.empty_like(gate_up)
-    act = dout.new_empty(len(dout), gate_up.shape[1] // 2)
+    drows, d_gate_up = gate_up.new_empty(dout.shape), torch.empty_like(gate_up)
+    act = gate_up.new_empty(len(dout), gate_up.shape[1] // 2)
     drow_weight = torch.zeros_like(row_weight)
-    if not _use_kernels(dout, implementation):
-        tensors = (dout, gate_up, row_weight, t13, s13, t2, s2, expert_offsets)
+    if not _use_kernels(gate_up, implementation):
+        tensors = (dout, dout_scale, gate_up, row_weight, t13, s13, t2, s2, expert_offsets)
         _reference_dgrad(*tensors, drows, drow_weight, d_gate_up, act)
     elif len(dout):
         from .triton_kernels.grouped_fp8 import BACKWARD, grouped_fp8_gemm
         from .triton_kernels.grouped_fp8_swiglu import swiglu_backward
-        from .triton_kernels.quantize import quantize_rows
 
         _require_alignment(dout=dout)
         sms = {"num_sms": _sm_count(dout, num_sms)}
         how = sms | {"config": BACKWARD}
-        x = quantize_rows(dout, expert_offsets, **sms)
+        x = _fp8_rows(dout, dout_scale, expert_offsets, sms)
         d_act = torch.empty_like(act)
         grouped_fp8_gemm(*x, t2, s2.transpose(1, 2), expert_offsets, d_act, **how)
         tensors = (d_act, gate_up, row_weight, expert_offsets, d_gate_up, act)
@@ -371,9 +393,14 @@ def _dgrad(dout, gate_up, row_weight, t13, s13, t2, s2, expert_offsets, num_sms,
     return drows, drow_weight, d_gate_up, act
 
 
-def _dgrad_fake(dout, gate_up, row_weight, *rest):
-    act = dout.new_empty(len(dout), gate_up.shape[1] // 2)
-    return dout.new_empty(dout.shape), torch.empty_like(row_weight), torch.empty_like(gate_up), act
+def _dgrad_fake(dout, dout_scale, gate_up, row_weight, *rest):
+    act = gate_up.new_empty(len(dout), gate_up.shape[1] // 2)
+    return (
+        gate_up.new_empty(dout.shape),
+        torch.empty_like(row_weight),
+        torch.empty_like(gate_up),
+        act,
+    )
 
 
 def _setup_context(ctx, inputs, output):
@@ -388,7 +415,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dout, _d_gate_up):
     rows, row_weight, w13, w2, *weights, offsets, gate_up = ctx.saved_tensors
     drows, drow_weight, d_gate_up, act = torch.ops.dualpipe_ext.grouped_fp8_dgrad(
-        dout, gate_up, row_weight, *weights, offsets, *ctx.how[:2]
+        dout, None, gate_up, row_weight, *weights, offsets, *ctx.how[:2]
     )
     for weight, main_grad in zip((w13, w2), ctx.main_grads, strict=True):
         if main_grad is not None and not hasattr(weight, "main_grad"):
@@ -410,8 +437,9 @@ define(
     _setup_context,
 )
 define(
-    "grouped_fp8_dgrad(Tensor dout, Tensor gate_up, Tensor row_weight, Tensor t13, Tensor s13, "
-    f"Tensor t2, Tensor s2, Tensor expert_offsets, {_HOW}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "grouped_fp8_dgrad(Tensor dout, Tensor? dout_scale, Tensor gate_up, Tensor row_weight, "
+    "Tensor t13, Tensor s13, Tensor t2, Tensor s2, Tensor expert_offsets, "
+    f"{_HOW}) -> (Tensor, Tensor, Tensor, Tensor)",
     _dgrad,
     _dgrad_fake,
 )

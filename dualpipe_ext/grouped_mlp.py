@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .fp8 import dequantize_rows
 from .grouped_reference import reference_dgrad, reference_forward, reference_wgrad
 from .operators import define, device_facts, has_triton
 
@@ -139,22 +140,25 @@ def mlp_dgrad(
     dout: torch.Tensor,
     saved: MLPSaved,
     *,
+    dout_scale: torch.Tensor | None = None,
     num_sms: int | None = None,
     take_over: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the inputs: drows [R, H] and drow_weight [R] (0 past expert_offsets[-1]).
 
-    dout [R, H]: rows that pad an expert are zero. Without `num_sms` and `take_over` both are the
+    dout [R, H]: rows that pad an expert are zero. After a forward with precision="fp8" it may be
+    e4m3 already, with dout_scale [R, H / 128] fp32 as `fp8.quantize_rows` makes them; fastest where
+    the transpose of dout_scale is contiguous. Without `num_sms` and `take_over` both are the
     forward's. Runs once per forward.
     """
-    _check_dout(dout, saved)
+    _check_dout(dout, dout_scale, saved)
     num_sms, take_over = _share(num_sms, take_over, saved)
     if saved.gate_up is None:
         raise ValueError("mlp_dgrad has already run on this forward: call mlp_forward again")
     if saved.fp8 is not None:
         from .grouped_fp8 import dgrad
 
-        drows, drow_weight, saved.d_gate_up, saved.act = dgrad(dout, saved, num_sms)
+        drows, drow_weight, saved.d_gate_up, saved.act = dgrad(dout, dout_scale, saved, num_sms)
     else:
         drows, drow_weight, saved.d_gate_up = _dgrad_operator(
             dout,
@@ -176,20 +180,25 @@ def mlp_wgrad(
     dout: torch.Tensor,
     saved: MLPSaved,
     *,
+    dout_scale: torch.Tensor | None = None,
     num_sms: int | None = None,
     take_over: bool | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of the weights, any time after mlp_dgrad: dw13 [L, 2I, H] and dw2 [L, H, I].
 
+    dout and dout_scale as in mlp_dgrad; e4m3 rows go back to the weights' dtype for these products.
     For a weight with an fp32 `main_grad` the gradient is added there and None returned for it.
     Without `num_sms` and `take_over` both are the forward's; on Hopper these kernels always draw.
     """
-    _check_dout(dout, saved)
+    _check_dout(dout, dout_scale, saved)
     num_sms, take_over = _share(num_sms, take_over, saved)
     if saved.d_gate_up is None:
         raise ValueError("mlp_wgrad needs what mlp_dgrad leaves: call mlp_dgrad first")
     how = (saved.expert_offsets, num_sms, saved.implementation, take_over)
-    rows = saved.rows if saved.fp8 is None else saved.fp8.wide_rows(saved.rows, dout.dtype)
+    rows = saved.rows
+    if saved.fp8 is not None:
+        rows = _wide(rows, saved.fp8.row_scale, saved.w13.dtype)
+        dout = _wide(dout, dout_scale, saved.w13.dtype)
     return (
         _wgrad(saved.w13, saved.d_gate_up, rows, *how),
         _wgrad(saved.w2, dout, saved.act, *how),
@@ -202,6 +211,10 @@ def _share(num_sms: int | None, take_over: bool | None, saved: MLPSaved) -> tupl
     if num_sms is None and take_over is None:
         return saved.num_sms, saved.take_over
     return num_sms or 0, bool(take_over)
+
+
+def _wide(rows: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    return rows if scale is None else dequantize_rows(rows, scale, dtype)
 
 
 def _wgrad(weight, y, x, *how) -> torch.Tensor | None:
@@ -269,8 +282,17 @@ def _check_tensors(rows, row_weight, w13, w2, expert_offsets, R, L) -> None:
             raise ValueError(f"{name} has strides {tensor.stride()}: pass it contiguous")
 
 
-def _check_dout(dout: torch.Tensor, saved: MLPSaved) -> None:
+def _check_dout(dout: torch.Tensor, dout_scale: torch.Tensor | None, saved: MLPSaved) -> None:
     rows, like = saved.rows, saved.w13  # rows may be e4m3
+    if dout_scale is not None:
+        if saved.fp8 is None:
+            raise ValueError(
+                'dout_scale after precision="bf16": pass dout as out, or forward "fp8"'
+            )
+        from .grouped_fp8 import check_scaled
+
+        check_scaled("dout", dout, dout_scale, like)
+        like = dout
     if dout.shape != rows.shape or dout.dtype != like.dtype or dout.device != like.device:
         raise ValueError(
             f"dout is {tuple(dout.shape)} {dout.dtype} on {dout.device}: pass the gradient of out, "

@@ -64,11 +64,11 @@ def expected(problem, dout):
     return results
 
 
-def run(problem, dout, **how):
-    """The same five, step by step, and the end of the rows that count."""
+def run(problem, dout, dout_scale=None, **how):
+    """The same five, step by step."""
     out, saved = mlp_forward(*problem, **how)
-    drows, drow_weight = mlp_dgrad(dout, saved)
-    return out, drows, drow_weight, *mlp_wgrad(dout, saved)
+    drows, drow_weight = mlp_dgrad(dout, saved, dout_scale=dout_scale)
+    return out, drows, drow_weight, *mlp_wgrad(dout, saved, dout_scale=dout_scale)
 
 
 def errors(got, want, end: int) -> dict[str, float]:
@@ -123,18 +123,26 @@ def test_main_grad_takes_the_weight_gradients():
     assert relative_error(w13.main_grad - 2, dw13) < 5e-3
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_rows_that_come_as_fp8(transposed):
-    """e4m3 rows with scales, and bf16 rows that a dispatch has brought as fp8, give the same bits:
-    what is on the grid rounds to itself."""
-    problem, dout = make_problem((70, 128), 256, 128, torch.bfloat16)
-    q, scales = quantize_rows(problem[0])
+def on_the_grid(rows):
+    """In bf16 what rows round to, and as e4m3 rows with scales; it rounds to itself."""
+    q, scales = quantize_rows(rows)
     as_bf16 = dequantize_rows(q, scales, torch.bfloat16)
     again, same = quantize_rows(as_bf16)
     assert torch.equal(again.view(torch.uint8), q.view(torch.uint8)) and torch.equal(same, scales)
+    return as_bf16, q, scales
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_that_come_as_fp8(transposed):
+    """e4m3 rows with scales, and bf16 rows that a dispatch has brought as fp8, give the same bits;
+    so does dout."""
+    problem, dout = make_problem((70, 128), 256, 128, torch.bfloat16)
+    as_bf16, q, scales = on_the_grid(problem[0])
+    dout, q_dout, dout_scale = on_the_grid(dout)
     if transposed:
-        scales = scales.T.contiguous().T
-    got = run((q, *problem[1:]), dout, precision="fp8", row_scale=scales)
+        scales, dout_scale = (scale.T.contiguous().T for scale in (scales, dout_scale))
+    how = {"precision": "fp8", "row_scale": scales, "dout_scale": dout_scale}
+    got = run((q, *problem[1:]), q_dout, **how)
     want = run((as_bf16, *problem[1:]), dout, precision="fp8")
     for name, a, b in zip(NAMES, got, want, strict=True):
         assert a.dtype == torch.bfloat16 or name == "drow_weight"
@@ -289,8 +297,10 @@ def test_opcheck():
     _, gate_up = ops.grouped_fp8_forward(
         rows, None, row_weight, w13, w2, *rounded, offsets, True, *how, False
     )
-    inputs = (dout, gate_up, row_weight, *rounded[1:3], *rounded[4:], offsets)
-    torch.library.opcheck(ops.grouped_fp8_dgrad.default, (*inputs, *how), test_utils=CHECKS)
+    inputs = (gate_up, row_weight, *rounded[1:3], *rounded[4:], offsets)
+    for given in ((dout, None), quantize_rows(dout)):
+        arguments = (*given, *inputs, *how)
+        torch.library.opcheck(ops.grouped_fp8_dgrad.default, arguments, test_utils=CHECKS)
 
 
 def test_compiled_gives_the_same():
@@ -324,6 +334,22 @@ def test_what_fp8_does_not_take_is_named(sizes, change, message):
     problem, _ = make_problem((3,), *sizes, torch.bfloat16)
     with pytest.raises(ValueError, match=message):
         mlp_forward(*problem, **({"precision": "fp8"} | change))
+
+
+def test_a_gradient_in_fp8_needs_its_scales_and_a_forward_in_fp8():
+    problem, dout = make_problem((3,), 128, 128, torch.bfloat16)
+    q, scales = quantize_rows(dout)
+    _, saved = mlp_forward(*problem, precision="fp8")
+    for given, message in (
+        ((dout, scales), r"dout_scale is .*torch.bfloat16 rows.*fp8.quantize_rows"),
+        ((q, scales[1:]), r"dout_scale is \(127, 1\)"),
+        ((q, None), r"dout is .*float8_e4m3fn.*torch.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mlp_dgrad(given[0], saved, dout_scale=given[1])
+    _, saved = mlp_forward(*problem)
+    with pytest.raises(ValueError, match='dout_scale after precision="bf16"'):
+        mlp_dgrad(q, saved, dout_scale=scales)
 
 
 # ---- Layers ----

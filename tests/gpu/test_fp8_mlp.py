@@ -66,13 +66,16 @@ def test_autograd_equals_the_steps():
 
 
 def test_rows_that_come_as_fp8():
-    """What is on the grid rounds to itself, so that e4m3 rows and their bf16 give the same bits."""
+    """What is on the grid rounds to itself, so that e4m3 rows and their bf16 give the same bits,
+    as does dout."""
     problem, dout, end = problem_of("typical")
     q, scales = quantize_rows(problem[0])
+    q_dout, dout_scales = quantize_rows(dout)
     problem[0] = dequantize_rows(q, scales, torch.bfloat16)
-    want = run(problem, dout, **FP8)
-    for scale in (scales, scales.T.contiguous().T):
-        got = run((q, *problem[1:]), dout, row_scale=scale, **FP8)
+    want = run(problem, dequantize_rows(q_dout, dout_scales, torch.bfloat16), **FP8)
+    for turn in (lambda scale: scale, lambda scale: scale.T.contiguous().T):
+        how = {"row_scale": turn(scales), "dout_scale": turn(dout_scales)}
+        got = run((q, *problem[1:]), q_dout, **how, **FP8)
         found = errors(got, want, end)
         assert not any(found.values()), found
 
