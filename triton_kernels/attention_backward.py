@@ -19,7 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .attention_backward_step import add_step
 from .attention_tiles import (
@@ -42,8 +41,8 @@ from .attention_tiles import (
     scratch_row,
     send,
     sequence_span,
-    shared_layout,
 )
+from .boxes import describe
 from .launch import cache_launches
 
 # Integers that the loading warp tells the others of a tile; the first is 0 after the last tile.
@@ -401,10 +400,6 @@ def attention_backward(
     # Without dq the descriptor stands for its layout only.
     tile = [max(64, block), min(D, 128) // 2]
     sums = dq_sum if config.fused else lse.new_empty(64, 64)
-    dq_desc = TensorDescriptor(
-        sums, list(sums.shape), [sums.shape[1], 1], tile, shared_layout(tile, sums.dtype)
-    )
-    line = shared_layout([block], lse.dtype)
     attention_backward_kernel[grid](
         q_desc,
         k_desc,
@@ -412,12 +407,12 @@ def attention_backward(
         describe_rows(d_out, block, V, varlen),
         q_rest_desc,
         k_rest_desc,
-        TensorDescriptor(lse, list(lse.shape), [1], [block], line),
-        TensorDescriptor(delta, list(delta.shape), [1], [block], line),
+        describe(lse, [block]),
+        describe(delta, [block]),
         dk_desc,
         describe_rows(dv, ROWS // 2, V, varlen),
         dk_rest_desc,
-        dq_desc,
+        describe(sums, tile),
         *arguments,
         lse.shape[0] // (N if varlen else B * N),
         CAUSAL=causal,

@@ -8,7 +8,7 @@ counter in memory, so that a program that starts late, on an SM that communicati
 is left. One warp draws and loads, two warpgroups compute. Sizes are read at run time.
 """
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 from triton.experimental import gluon
@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arithmetic import ceil_div
+from .boxes import describe
 
 ROWS = 128  # rows of a tile: 64 for each of the two warpgroups
 LOG2_E = 1.4426950408889634
@@ -201,7 +202,14 @@ def describe_rows(x: torch.Tensor, rows: int, columns: int, varlen: bool) -> Ten
 
     A packed x is [1, N, T, D].
     """
-    shape, strides = list(x.shape), list(x.stride())
+    return describe(x, *_lay_boxes(x.shape, x.stride(), rows, columns, varlen))
+
+
+@lru_cache(maxsize=256)
+def _lay_boxes(
+    shape: tuple[int, ...], strides: tuple[int, ...], rows: int, columns: int, varlen: bool
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Box, shape and strides of `describe_rows`."""
     # A dimension of one element has whatever stride, which TMA may not like.
     strides = [s if n > 1 else max(1, columns) for s, n in zip(strides, shape, strict=True)]
     strides[-1] = 1
@@ -212,7 +220,7 @@ def describe_rows(x: torch.Tensor, rows: int, columns: int, varlen: bool) -> Ten
         shape = [2**31 - 2**16, 2**31 - 2**16, heads, 2**30, width]
         strides = [2**34 - row_stride, row_stride, strides[1], row_stride, 1]
         block = [1, *block]
-    return TensorDescriptor(x, shape, strides, block, shared_layout(block, x.dtype))
+    return tuple(block), tuple(shape), tuple(strides)
 
 
 def describe_split(
@@ -224,18 +232,6 @@ def describe_split(
     first = min(width, 128)
     columns = (first, width - first or first)
     return tuple(describe_rows(x, rows, n, varlen) for n in columns)
-
-
-def shared_layout(block: list[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """The layout in shared memory that TMA writes and wgmma reads: swizzled by up to 128 bytes."""
-    bits = dtype.itemsize * 8
-    width = min(128, block[-1] * bits // 8) if len(block) > 1 else 0
-    return _swizzled(width, bits, len(block))
-
-
-@cache  # making one checks its fields for 6 us
-def _swizzled(width: int, bits: int, rank: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
 
 
 def heads_side_by_side(rows: int, bytes_a_row: int, heads: int, share: int) -> int:

@@ -27,7 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arithmetic import ceil_div
 from .attention_tiles import (
@@ -37,8 +36,8 @@ from .attention_tiles import (
     matrix,
     receive,
     send,
-    shared_layout,
 )
+from .boxes import describe
 from .launch import cache_launches
 
 __all__ = ["BACKWARD", "FORWARD", "Fp8Config", "grouped_fp8_gemm"]
@@ -321,12 +320,6 @@ def grouped_fp8_kernel(
         [4, 1],
         [232, 40],
     )  # fmt: skip
-
-
-def describe(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(
-        x, list(x.shape), list(x.stride()), block, shared_layout(block, x.dtype)
-    )
 
 
 def grouped_fp8_gemm(

@@ -33,10 +33,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arithmetic import ceil_div
 from .attention_tiles import allocate, allocate_barriers, allocate_integers, send
+from .boxes import describe
 from .launch import cache_launches
 from .tiles_hopper import (
     DRAW_AHEAD,
-    describe,
     draw,
     load_starts,
     locate_tile,

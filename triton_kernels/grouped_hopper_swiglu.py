@@ -17,10 +17,9 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arithmetic import ceil_div
-from .attention_tiles import shared_layout
+from .boxes import describe
 from .grouped_hopper import (
     BLOCK_M,
     BLOCK_N,
@@ -37,7 +36,7 @@ from .grouped_hopper import (
     multiply_tile,
 )
 from .launch import cache_launches
-from .tiles_hopper import describe, prefetch, receive, register_steps, tile_counter
+from .tiles_hopper import prefetch, receive, register_steps, tile_counter
 
 STRIP = gl.constexpr(16)  # rows of a strip
 STRIPS = gl.constexpr(8)  # strips below each other in a tile
@@ -431,14 +430,13 @@ def gate_up_hopper(
     if gate_up is not None:
         # Each half has its own bounds: a partial tile of gates does not run into the ups.
         gate_desc, up_desc = (
-            TensorDescriptor(half, [R, I], [2 * I, 1], strip, shared_layout(strip, act.dtype))
-            for half in (gate_up, gate_up[:, I:])
+            describe(half, strip, (R, I), (2 * I, 1)) for half in (gate_up, gate_up[:, I:])
         )
     grid = (max(1, min(num_sms, R // BLOCK_M * ceil_div(2 * I, BLOCK_N))),)
     gate_up_hopper_kernel[grid](
         describe(rows, [BLOCK_M // 2, config.block_k]),
         # Matrices 2e and 2e + 1 are expert e's gate and up: one box brings 128 rows of both.
-        TensorDescriptor(w13, [2 * L, I, H], [I * H, H, 1], box, shared_layout(box, w13.dtype)),
+        describe(w13, box, (2 * L, I, H), (I * H, H, 1)),
         gate_desc,
         up_desc,
         act,

@@ -28,8 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .arithmetic import ceil_div
 from .attention_tiles import allocate, allocate_barriers, allocate_integers, matrix, send
+from .boxes import describe
 from .launch import cache_launches
-from .tiles_hopper import DRAW_AHEAD, describe, draw, prefetch, receive, split_columns, tile_counter
+from .tiles_hopper import DRAW_AHEAD, draw, prefetch, receive, split_columns, tile_counter
 from .tma_reduce import async_reduce_add
 
 WIDE = gl.constexpr(256)  # columns of a warpgroup's results: 128 registers a thread

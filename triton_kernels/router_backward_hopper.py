@@ -33,10 +33,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arithmetic import ceil_div, power_of_two
-from .attention_tiles import allocate, allocate_barriers, shared_layout
+from .attention_tiles import allocate, allocate_barriers
+from .boxes import describe
 from .launch import cache_launches
 from .router_tiles import counters, even_grid, even_splits
 
@@ -315,10 +315,6 @@ def gradients_hopper_kernel(
         [4, 4, 1],
         [176, 136, 24],
     )  # fmt: skip
-
-
-def describe(x: torch.Tensor, box: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], box, shared_layout(box, x.dtype))
 
 
 def gradients_hopper(

@@ -31,9 +31,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .attention_tiles import allocate_barriers, shared_layout
+from .attention_tiles import allocate_barriers
+from .boxes import describe
 from .launch import cache_launches
 from .router_tiles import (
     BLOCK_E,
@@ -331,9 +331,8 @@ def logits_hopper(
     splits = even_splits(row_tiles * passes, steps, ceil_div(steps, DEEPEST))
     items = row_tiles * passes * splits
     parts = weight.new_empty(splits, T, groups * size)
-    box = [BLOCK_ROWS, STEP]
     logits_hopper_kernel[(even_grid(items, num_sms),)](
-        TensorDescriptor(x, list(x.shape), [H, 1], box, shared_layout(box, x.dtype)),
+        describe(x, [BLOCK_ROWS, STEP]),
         weight,
         parts,
         T,

@@ -9,9 +9,6 @@ needed. (A draw that waits, 1 us a tile, took 4 % of a GEMM of 54 tiles a progra
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from .attention_tiles import shared_layout
 
 # The next tile is drawn this many steps of K before a tile's last loads: 1 us, and no more, because
 # a program that has drawn a tile keeps it.
@@ -95,11 +92,6 @@ def prefetch(address, size):
         is_pure=False,
         pack=1,
     )
-
-
-def describe(x: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    shape, strides = list(x.shape), list(x.stride())
-    return TensorDescriptor(x, shape, strides, block, shared_layout(block, x.dtype))
 
 
 def register_steps(num_experts: int) -> int:

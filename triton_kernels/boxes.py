@@ -1,0 +1,48 @@
+"""TMA descriptors of Gluon kernels, made on the host at every launch."""
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = ["describe", "shared_layout"]
+
+
+def describe(
+    x: torch.Tensor,
+    block: Sequence[int],
+    shape: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> TensorDescriptor:
+    """Of boxes `block` of x, or of `shape` with `strides` in elements from where x starts."""
+    if x.data_ptr() % 16:
+        raise ValueError(
+            f"a tensor {list(x.shape)} starts at address {x.data_ptr():#x}, TMA needs a multiple "
+            "of 16: clone it"
+        )
+    shape = x.shape if shape is None else tuple(shape)
+    strides = x.stride() if strides is None else tuple(strides)
+    found = TensorDescriptor.__new__(TensorDescriptor)
+    found.__dict__.update(_checked(x.dtype, shape, strides, tuple(block)), base=x)
+    return found
+
+
+@lru_cache(maxsize=1024)  # 4 us: sizes repeat, though the rows of an expert group seldom do
+def _checked(dtype: torch.dtype, shape: tuple, strides: tuple, block: tuple) -> dict:
+    layout = shared_layout(block, dtype)
+    base = torch.empty(0, dtype=dtype)
+    return vars(TensorDescriptor(base, list(shape), list(strides), list(block), layout))
+
+
+def shared_layout(block: Sequence[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """The layout in shared memory that TMA writes and wgmma reads: swizzled by up to 128 bytes."""
+    bits = dtype.itemsize * 8
+    width = min(128, block[-1] * bits // 8) if len(block) > 1 else 0
+    return _swizzled(width, bits, len(block))
+
+
+@cache  # making one checks its fields for 6 us
+def _swizzled(width: int, bits: int, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
