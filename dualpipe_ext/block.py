@@ -31,6 +31,7 @@ from .block_ops import rms_norm
 from .exchange import Exchange
 from .grouped_mlp import grouped_mlp, mlp_dgrad, mlp_forward, mlp_wgrad
 from .moe import MoELayer
+from .operators import autocast_off
 from .segment import Segment
 from .unique_rows import UniqueRows
 from .weight_gradients import WeightGradients
@@ -150,7 +151,7 @@ class TransformerBlock(nn.Module):
         h, m = self.attend(x)
         m = m.flatten(0, -2)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else m.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             routes = moe.router(m)
             m = m.to(dtype)
             if moe.shared_expert is not None:

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .exchange import Exchange
 from .experts import PlacedExperts, check_multiples_of_8
 from .grouped_mlp import _is_fp8, grouped_mlp
+from .operators import autocast_off
 from .router import Router
 
 __all__ = ["MoELayer", "SharedExpert"]
@@ -191,7 +192,7 @@ class MoELayer(PlacedExperts):
         """
         self._check_shape_and_device(x)
         dtype = self._expert_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             x_TH = x.reshape(-1, self.hidden)
             routes = self.router(x_TH)
             self.aux_loss = self.aux_loss_coefficient * routes.aux_loss

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .operators import autocast_off
+
 __all__ = ["Router", "Routes", "balance_loss", "count_tokens"]
 
 
@@ -114,7 +116,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Routes:
         """Routes ``x`` [T, H] of any floating dtype. T = 0 is legal; the loss is then 0."""
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             math_dtype = torch.promote_types(x.dtype, torch.float32)
             if math_dtype == torch.float32 and self._takes_kernel(x):
                 return self._fused(x)

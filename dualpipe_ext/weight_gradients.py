@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .operators import autocast_off
+
 __all__ = [
     "DelayedLinear",
     "WeightGradients",
@@ -64,10 +66,12 @@ class WeightGradients:
     def run(self) -> None:
         """Compute what waits, in the order in which it came."""
         waiting, self._waiting = self._waiting, []
-        for parameters, compute in waiting:
-            with torch.no_grad():
-                gradients = compute()
-            accumulate(parameters, gradients)
+        parameters, gradients = [], []
+        with torch.no_grad():
+            for some, compute in waiting:
+                parameters += some
+                gradients += compute()
+        accumulate(parameters, gradients)
 
 
 def accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
@@ -123,7 +127,7 @@ class _DelayedLinear(torch.autograd.Function):
     def forward(ctx, x, parameters, store):
         ctx.save_for_backward(x)
         ctx.parameters, ctx.store = parameters, store
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             return F.linear(x, *(parameter.to(x.dtype) for parameter in parameters))
 
     @staticmethod
