@@ -319,7 +319,8 @@ def as_graph(launch: Launch, rank: int, what: str) -> tuple[Launch, str]:
 
 
 def measure_beside(args: argparse.Namespace, rank: int) -> list[dict]:
-    """What communication costs a grouped MLP on the other SMs, beyond these SMs."""
+    """What communication costs a grouped MLP: on the other SMs, over its time alone on those
+    ("slowdown") and on all ("of_all"); and on all SMs, drawing its tiles ("of_all_drawn")."""
     shape = Shape(args.tokens, args.hidden, args.experts, args.topk)
     records = []
     with shape.open("expert") as expert, shape.open("unique") as unique:
@@ -334,17 +335,23 @@ def measure_beside(args: argparse.Namespace, rank: int) -> list[dict]:
             if sms:
                 expert.comm_sms = sms
                 names += ["dispatch_expert", "combine_expert"]
-            on_the_rest = functools.partial(mlp, total - sms)
+            on_the_rest, on_all = functools.partial(mlp, total - sms), functools.partial(mlp, total)
+            drawn = functools.partial(mlp, total, take_over=True)
             communicate = {name: (in_order | by_rank)[name] for name in names}
             communicate = runnable(communicate, rank, f"comm_sms={sms}")
-            alone = time_in_turn({"mlp": on_the_rest} | communicate, 7, 2)
+            mlps = {"mlp": on_the_rest, "mlp on all": on_all}
+            alone = time_in_turn(mlps | communicate, 7, 2)
             for name, launch in communicate.items():
                 count = 2 + math.ceil(1.4 * alone["mlp"] / alone[name])
                 beside, covered = time_beside(on_the_rest, launch, count, lane)
+                drawn_beside, _ = time_beside(drawn, launch, count, lane)
                 records.append(
                     {"name": name, "comm_sms": sms, "mlp_sms": total - sms, "calls": count}
                     | {"mlp_us": round(alone["mlp"], 1), "mlp_beside_us": round(beside, 1)}
                     | {"slowdown": round(beside / alone["mlp"], 3), "covered": round(covered, 3)}
+                    | {"mlp_on_all_us": round(alone["mlp on all"], 1)}
+                    | {"of_all": round(beside / alone["mlp on all"], 3)}
+                    | {"of_all_drawn": round(drawn_beside / alone["mlp on all"], 3)}
                 )
             expert.check()
             unique.check()
@@ -352,15 +359,16 @@ def measure_beside(args: argparse.Namespace, rank: int) -> list[dict]:
     return records
 
 
-def make_mlp(exchange: Exchange, load: Load) -> Callable[[int], torch.Tensor]:
-    """mlp(num_sms): the forward of this rank's experts on the rows that it receives."""
+def make_mlp(exchange: Exchange, load: Load) -> Callable[..., torch.Tensor]:
+    """mlp(num_sms, take_over): the forward of this rank's experts on the rows that it receives."""
     plan = exchange.plan(load.topk_idx)
     rows, row_weight = exchange.dispatch(load.next_x(), plan, topk_weight=load.weight)
     local, hidden, width = exchange.num_local_experts, load.shape.hidden, EXPERT_HIDDEN
     w13 = rows.new_empty(local, 2 * width, hidden).normal_(std=hidden**-0.5)
     w2 = rows.new_empty(local, hidden, width).normal_(std=width**-0.5)
-    return lambda num_sms: grouped_mlp(
-        rows, row_weight, w13, w2, plan.expert_offsets, num_sms=num_sms
+    inputs = rows, row_weight, w13, w2, plan.expert_offsets
+    return lambda num_sms, take_over=False: grouped_mlp(
+        *inputs, num_sms=num_sms, take_over=take_over
     )
 
 

@@ -59,14 +59,21 @@ def _format_table(records: list[dict]) -> str:
 
 def _format_beside(records: list[dict]) -> str:
     """Slowdown of the MLP; "<" where communication ended before it, so that it is too small."""
-
-    def slowdown(record: dict) -> str:
-        return f"{record['slowdown']:.2f}{'' if record['covered'] > 0.98 else '<'}"
-
     cells = {(r["name"], r["comm_sms"]): r for r in records}
     names = {name: ROWS[name] for name in ROWS if any(r["name"] == name for r in records)}
-    title = "MLP beside it / alone"
-    return "\n".join(_grid(title, _counts(records), names, cells, slowdown))
+    titles = {
+        "slowdown": "MLP beside it / alone on the same SMs",
+        "of_all": "MLP beside it / alone on all SMs",
+        "of_all_drawn": "the same, on all SMs, drawing tiles",
+    }
+    lines = []
+    for field, title in titles.items():
+
+        def share(record: dict, field: str = field) -> str:
+            return f"{record[field]:.2f}{'' if record['covered'] > 0.98 else '<'}"
+
+        lines += _grid(title, _counts(records), names, cells, share)
+    return "\n".join(lines)
 
 
 def _format_small(records: list[dict]) -> str:

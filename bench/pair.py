@@ -3,7 +3,7 @@
 One process a GPU, all of them one expert group; a stage of `--layers` transformer blocks runs the
 forward of one micro-batch with the backward of another. For every shape, form and ``comm_sms``:
 
-    pair      as an `OverlappedPair`: communication on comm_sms SMs, experts' GEMMs on the others
+    pair      as an `OverlappedPair`: communication on comm_sms SMs, experts' GEMMs on what is left
     in order  forward, then backward, on one stream; communication on comm_sms SMs, GEMMs on all
     compute   in order without the transfers, whose results are replayed; unique rows are
               expanded and summed
@@ -38,7 +38,7 @@ from pathlib import Path
 
 import torch
 from layer import SHAPES as LAYER_SHAPES
-from pair_workload import FORMS, HOST_US, SEQUENCE, SHAPES, GraphWorkload, Workload
+from pair_workload import FORMS, HOST_US, MLP_SMS, SEQUENCE, SHAPES, GraphWorkload, Workload
 from ranks import (
     describe_run,
     line_up,
@@ -126,7 +126,7 @@ def measure_shape(shape: str, args: argparse.Namespace, rank: int) -> list[dict]
     work = (GraphWorkload if args.graphs else Workload)(shape, args, rank)
     print_progress(rank, f"shape {shape}: ready, {work.backend}, {_elapsed():.0f} s")
     delay, *other_delays = args.weight_delay
-    pairs = [("pair", *split, delay) for split in splits_of(args)]
+    pairs = [("pair", *split, how, delay) for split in splits_of(args) for how in args.mlp_sms]
     in_order = [("in order", *split) for split in splits_of(args, (MORE_SMS,))]
     comm = [("comm", *split) for split in splits_of(args)]
     compute = [("compute", form) for form in args.forms]
@@ -138,7 +138,7 @@ def measure_shape(shape: str, args: argparse.Namespace, rank: int) -> list[dict]
     records = {key: _record(shape, key, us, us[plain], plain, work) for key in pairs}
     best = min(pairs, key=us.get)
     if other_delays:  # at the fastest split alone
-        others = [(*best[:3], other) for other in other_delays]
+        others = [(*best[:-1], other) for other in other_delays]
         more = us | work.time([plain, best, *others], args.repeats)
         for key in others:
             records[key] = _record(shape, key, more, more[plain], plain, work)
@@ -152,11 +152,11 @@ def measure_shape(shape: str, args: argparse.Namespace, rank: int) -> list[dict]
 
 
 def _record(shape: str, key: tuple, us: dict, plain_us: float, plain: tuple, work) -> dict:
-    _, form, sms, delay = key
+    _, form, sms, mlp_sms, delay = key
     pair, compute, comm = us[key], us["compute", form], us["comm", form, sms]
     bound = max(compute, comm)
     return {
-        **{"shape": shape, "form": form, "comm_sms": sms, "mlp_sms": work.mlp_sms(sms)},
+        **{"shape": shape, "form": form, "comm_sms": sms, "mlp_sms": mlp_sms},
         **{"weight_delay": delay, "backend": work.backend, "pair_us": round(pair, 1)},
         "in_order_us": round(us["in order", form, sms], 1),
         "fastest_in_order_us": round(plain_us, 1),
@@ -177,8 +177,8 @@ def _elapsed() -> float:
 def format_table(records: list[dict]) -> str:
     """Fastest split of each shape marked; times in µs."""
     lines = [
-        "shape form   comm_sms delay      pair   in order    gain  compute     comm    bound "
-        "pair/bound  hidden: time  trace"
+        "shape form   comm_sms mlp_sms   delay      pair   in order    gain  compute     comm"
+        "    bound pair/bound  hidden: time  trace"
     ]
     best = {}
     for r in records:
@@ -187,7 +187,8 @@ def format_table(records: list[dict]) -> str:
         traced = "-" if r["hidden_by_trace"] is None else f"{r['hidden_by_trace']:.1%}"
         mark = "*" if r["pair_us"] == best[r["shape"]] else " "
         lines.append(
-            f"{r['shape']:<5} {r['form']:<7} {r['comm_sms']:>7} {r['weight_delay']:<7}"
+            f"{r['shape']:<5} {r['form']:<7} {r['comm_sms']:>7} {r['mlp_sms']:<9} "
+            f"{r['weight_delay']:<7}"
             f"{r['pair_us']:>8.0f}{mark} {r['fastest_in_order_us']:>9.0f} {r['gain']:>7.1%} "
             f"{r['compute_us']:>8.0f} {r['comm_us']:>8.0f} {r['bound_us']:>8.0f} "
             f"{r['of_bound']:>10.3f} {r['hidden_by_time']:>13.1%} {traced:>6}"
@@ -223,8 +224,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     add("--weight-delay", nargs="+", choices=WEIGHT_DELAYS, default=["all", "experts", "off"],
         help="the first with every split, the others with the fastest (%(default)s)")  # fmt: skip
-    add("--mlp-sms", choices=["rest", "all", "take-over"], default="rest",
-        help="SMs of GEMMs in a pair; take-over: all, tiles drawn from a counter")  # fmt: skip
+    add("--mlp-sms", nargs="+", choices=MLP_SMS, default=["take-over"],
+        help="SMs of GEMMs in a pair: all, tiles drawn from a counter; rest: equal shares of those "
+        "that do not communicate")  # fmt: skip
     add("--graphs", action="store_true",
         help="time CUDA graphs, without the host; the trace is of plain calls")  # fmt: skip
     add("--layers", type=int, default=2, help="blocks of the stage (%(default)s)")

@@ -20,19 +20,21 @@ from dualpipe_ext.exchange import CHANNELS
 from dualpipe_ext.overlap import OverlappedPair
 from dualpipe_ext.stage import WEIGHT_DELAYS, StageChunk, TransformerStage
 
-__all__ = ["FORMS", "HOST_US", "SEQUENCE", "SHAPES", "GraphWorkload", "Workload"]
+__all__ = ["FORMS", "HOST_US", "MLP_SMS", "SEQUENCE", "SHAPES", "GraphWorkload", "Workload"]
 
 # name: tokens a rank, hidden, expert width, experts, topk
 SHAPES = LAYER_SHAPES | {"tiny": (64, 64, 32, 16, 2)}
 SEQUENCE = 4096
 FORMS = ("expert", "unique")
+MLP_SMS = ("take-over", "rest")
 HOST_US = 8000  # a call without waits keeps the host busy for about as long
 TIMEOUT = 60.0  # seconds until a rank that fails ends the others
 SHORT, LONG = 2, 6  # micro-batches of a graph
 ROOM = 1.3  # rows that a rank's experts may get, over the mean
 
-Key = tuple  # ("pair", form, comm_sms, weight_delay), ("in order" or "comm", form, comm_sms),
-# ("compute", form): a launch, a forward and a backward of all layers
+# A launch, a forward and a backward of all layers: ("pair", form, comm_sms, mlp_sms, weight_delay),
+# ("in order" or "comm", form, comm_sms), ("compute", form).
+Key = tuple
 
 
 class Replay:
@@ -88,7 +90,6 @@ class Workload:
         self.total_sms = 0
         if self.device.type == "cuda":
             self.total_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.keep_all_sms = args.mlp_sms != "rest"
         like = {"dtype": self.dtype, "device": self.device}
         exchanges = {}
         for form in args.forms:  # opening is collective: one order on all ranks
@@ -114,8 +115,7 @@ class Workload:
         sequence = min(SEQUENCE, tokens)
         self.inputs = [self._random(tokens // sequence, sequence, hidden) for _ in range(2)]
         self.gradient = self._random(tokens // sequence, sequence, hidden)
-        how = {"take_over": args.mlp_sms == "take-over"}
-        self.pairs = {d: OverlappedPair(self.device, weight_delay=d, **how) for d in WEIGHT_DELAYS}
+        self.pairs = {d: OverlappedPair(self.device, weight_delay=d) for d in WEIGHT_DELAYS}
         self._count = 0
         self.forms = {form: self._open(exchange) for form, exchange in exchanges.items()}
 
@@ -140,29 +140,26 @@ class Workload:
         calls = min(4, math.ceil(25_000 / min(once.values())))
         return time_in_turn(launches, repeats, 1, calls, HOST_US)
 
-    def mlp_sms(self, comm_sms: int) -> int | None:
-        """SMs of the experts' GEMMs in a pair; None: all."""
-        return None if self.keep_all_sms or not self.total_sms else self.total_sms - comm_sms
-
-    def pair(self, form: str, comm_sms: int, weight_delay: str) -> None:
-        used = self._use(form, comm_sms, self.mlp_sms(comm_sms))
+    def pair(self, form: str, comm_sms: int, mlp_sms: str, weight_delay: str) -> None:
+        used = self._use(form, comm_sms)
         chunk = self._start()
-        self._set_pair(comm_sms, weight_delay).run(chunk, used.before, (self.gradient,))
+        pair = self._set_pair(comm_sms, mlp_sms, weight_delay)
+        pair.run(chunk, used.before, (self.gradient,))
         used.before = chunk
 
     def in_order(self, form: str, comm_sms: int) -> None:
-        used = self._use(form, comm_sms, None)
+        used = self._use(form, comm_sms)
         used.before = self._forward_then_backward(used.before)
 
     def compute(self, form: str) -> None:
-        used = self._use(form, self.forms[form].exchange.comm_sms, None)
+        used = self._use(form, self.forms[form].exchange.comm_sms)
         self._put(used.replays)
         used.replayed = self._forward_then_backward(used.replayed)
 
     @torch.no_grad()
     def comm(self, form: str, comm_sms: int) -> None:
         """As often as in a pair, in its order; the plan is another one's, for no wait."""
-        used = self._use(form, comm_sms, None)
+        used = self._use(form, comm_sms)
         exchange, plan, weight = used.exchange, used.plan, used.topk_weight
         x, dy = (tensor.flatten(0, 1) for tensor in (self.inputs[0], self.gradient))
         for _ in range(self.layers):
@@ -191,17 +188,17 @@ class Workload:
         for form in self.forms.values():
             form.exchange.close()
 
-    def _use(self, form: str, comm_sms: int, num_sms: int | None) -> Form:
+    def _use(self, form: str, comm_sms: int) -> Form:
         used = self.forms[form]
         used.exchange.comm_sms = comm_sms
-        if self.total_sms:
-            used.exchange.num_sms = num_sms or self.total_sms
         self._put([used.exchange] * self.layers)
         return used
 
-    def _set_pair(self, comm_sms: int, weight_delay: str) -> OverlappedPair:
+    def _set_pair(self, comm_sms: int, mlp_sms: str, weight_delay: str) -> OverlappedPair:
         pair = self.pairs[weight_delay]
-        pair.comm_sms, pair.num_sms = comm_sms, self.mlp_sms(comm_sms)
+        pair.comm_sms, pair.num_sms = comm_sms, None
+        if mlp_sms == "rest" and self.total_sms:
+            pair.num_sms = self.total_sms - comm_sms
         return pair
 
     def _put(self, exchanges: list) -> None:
@@ -306,7 +303,7 @@ class GraphWorkload(Workload):
             for _ in range(count):
                 self.comm(form, *rest)
             return
-        used = self._use(form, *(rest[:1] or [self.forms[form].exchange.comm_sms]), None)
+        used = self._use(form, *(rest[:1] or [self.forms[form].exchange.comm_sms]))
         if kind == "compute":
             self._put(used.replays)
         chunk = self._start()

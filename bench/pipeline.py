@@ -32,6 +32,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from pair_workload import MLP_SMS
 from ranks import (
     Stamp,
     describe_run,
@@ -431,7 +432,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--topk", type=int, default=8, help="experts of a token (%(default)s)")
     add("--form", choices=["expert", "unique"], default="expert", help="of the exchange")
     add("--comm-sms", type=int, default=16, help="SMs that communicate (%(default)s)")
-    add("--mlp-sms", choices=["rest", "all"], default="rest", help="SMs of GEMMs in a pair")
+    add("--mlp-sms", choices=MLP_SMS, default="take-over",
+        help="SMs of GEMMs in a pair: all, tiles drawn from a counter; rest: equal shares of those "
+        "that do not communicate")  # fmt: skip
     add("--weight-delay", choices=WEIGHT_DELAYS, default="all", help="(%(default)s)")
     add("--repeats", type=int, default=5, help="timed steps of each schedule (%(default)s)")
     add("--ranks", type=int, help="GPUs to use (all)")

@@ -45,9 +45,10 @@ class OverlappedPair:
         comm_sms: SMs (or a ratio) that communication takes inside a pair, see `Exchange.comm_sms`,
             which comes back to its value afterwards; None leaves it.
         num_sms: SMs that the experts' GEMMs, and the expansion and sums of unique rows, take inside
-            a pair; None takes the layer's and the exchange's numbers.
-        take_over: those GEMMs draw their tiles from a counter, so that programs for which
-            communication leaves no room take what is left as soon as it ends.
+            a pair, in equal shares. None: GEMMs draw their tiles from a counter, so that programs
+            for which communication leaves no room take what is left as soon as it ends (fp8 and
+            other GPUs than Hopper: they leave communication its SMs); the layer's and the
+            exchange's `num_sms` hold.
         weight_delay: "off": a layer's weight gradients come with its input gradients. "experts":
             those of our expert MLP come after the input gradients have left for the dispatch▲.
             "all": also those of attention, the rest of the block and the stage's two ends; the
@@ -62,7 +63,6 @@ class OverlappedPair:
         *,
         comm_sms: int | float | None = None,
         num_sms: int | None = None,
-        take_over: bool = False,
         weight_delay: str = "all",
     ) -> None:
         if weight_delay not in WEIGHT_DELAYS:
@@ -70,7 +70,6 @@ class OverlappedPair:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.comm_sms, self.num_sms, self.weight_delay = comm_sms, num_sms, weight_delay
-        self.take_over = take_over
         self._lanes = _Lanes(torch.device(device))
 
     def run(
@@ -146,7 +145,7 @@ class OverlappedPair:
                 'one with channel="backward"'
             )
         run, tracks = self._lanes.run, self._lanes.tracks("F1", "F2")
-        share = self.num_sms, self.take_over
+        share = self.num_sms, self.num_sms is None
         a, b = tracks
         with self._window(first, second):
             x = run("compute", a, "begin", first.begin_forward)
@@ -177,7 +176,7 @@ class OverlappedPair:
         backward: BlockChunk | None,
     ) -> None:
         """A layer of each, or of one where the other has no more, from attention△ to combine△."""
-        run, share = self._lanes.run, (self.num_sms, self.take_over)
+        run, share = self._lanes.run, (self.num_sms, self.num_sms is None)
         if forward is not None:
             run("compute", f, "attention", forward.attention, x)
             run(_comm(forward), f, "plan", forward.plan)

@@ -141,11 +141,7 @@ def train(rank: int, options: argparse.Namespace, folder: str) -> None:
         build_stage(stage, schedule.num_stages, options, exchange)
         for stage in schedule.stages_of(rank // columns)
     ]
-    num_sms = None
-    if cuda:  # a pair's GEMMs leave the exchange its SMs
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
-        num_sms = sms - exchange.comm_sms
-    pipeline = Pipeline(stages, schedule="dualpipev", group=pipeline_group, num_sms=num_sms)
+    pipeline = Pipeline(stages, schedule="dualpipev", group=pipeline_group)
     trained = Training(rank, stages, pipeline, exchange, options)
     trained.print_setup(draw_text(simulate(schedule), width=100))
     trained.run()

@@ -3,6 +3,7 @@
 import copy
 import weakref
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,6 +243,30 @@ def test_a_backward_that_takes_over_keeps_the_layers_sms(monkeypatch):
     chunk.mlp_backward(None, True)
     chunk.mlp_backward_weight()
     assert seen == dict.fromkeys(("mlp_forward", "mlp_dgrad", "mlp_wgrad"), (7, True))
+
+
+@pytest.mark.parametrize(
+    "capability, precision, num_sms, take_over, comm_sms, expected",
+    [
+        ((9, 0), "bf16", None, True, 8, None),  # tiles are drawn
+        ((9, 0), "fp8", None, True, 8, 124),
+        ((10, 0), "bf16", None, True, 8, 124),
+        ((9, 0), "fp8", None, True, 0, None),  # copy engines
+        ((9, 0), "fp8", None, False, 8, None),  # not beside communication
+        ((9, 0), "fp8", 100, True, 8, 100),
+    ],
+)
+def test_sms_of_experts(capability, precision, num_sms, take_over, comm_sms, expected, monkeypatch):
+    """Kernels with equal shares leave communication its SMs; the others draw tiles on all."""
+    monkeypatch.setattr(block, "device_facts", lambda device: (132, capability))
+    layer = small.block()
+    chunk = layer.start_chunk()
+    moe = layer.feed_forward
+    moe.precision = precision
+    moe.exchange = SimpleNamespace(comm_sms=comm_sms, device="cuda", form="expert")
+    assert chunk._expert_sms(num_sms, take_over) == expected
+    moe.num_sms = 7
+    assert chunk._expert_sms(None, take_over) == 7
 
 
 def test_plan_lives_until_the_compute_lane_is_behind_its_last_reader():

@@ -23,9 +23,9 @@ TILE = 8192  # numbers of a tile where rows are shorter
 # A row of H = 7168 in bf16 is a tile of 16 KB: x and residual of two tiles are 64 KB.
 SHARED = 160 * 1024  # bytes for tiles in flight
 MAX_STAGES = 4
-# Parts of d_weight at most, whatever num_sms is, so that it changes no bit: two for each of 132
-# SMs, 7.6 MB at H = 7168 beside 470 MB of rows.
-SEGMENTS = 264
+# Parts of d_weight at most, whatever num_sms is, so that it changes no bit: one for each of 132
+# SMs, 3.8 MB at H = 7168 beside 470 MB of rows. Two took 130 us instead of 126, four 136.
+SEGMENTS = 132
 # A program adds all parts of so many columns, loaded at once: 112 programs at H = 7168.
 PARTS = 512
 PARTS_COLUMNS = 64
@@ -238,7 +238,7 @@ def rms_norm_backward(
 
     d_normed, d_hidden, hidden  [T, H], the last dimension contiguous; d_hidden or None
     Every segment of rows writes a sum of its own, which are then added in order: the same bits in
-    every run and for every `num_sms`. With T = 8192 the 264 segments have 31 or 32 rows each.
+    every run and for every `num_sms`. With T = 8192 the 132 segments have 62 or 63 rows each.
     """
     T, H = hidden.shape
     shape = tile_shape(H, hidden.element_size() * (2 if d_hidden is None else 3))

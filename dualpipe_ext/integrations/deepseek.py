@@ -3,7 +3,7 @@
     from dualpipe import DualPipeV, set_p2p_tensor_dtype, set_p2p_tensor_shapes
     from dualpipe_ext.integrations.deepseek import DualPipeStage
 
-    pair = OverlappedPair(device, comm_sms=16, num_sms=112)
+    pair = OverlappedPair(device, comm_sms=16)
     modules = [DualPipeStage(stage, pair=pair) for stage in my_two_stages]
     DualPipeV(modules, process_group=group).step(...)
 

@@ -3,7 +3,7 @@
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import ScheduleDualPipeV
 
-pair = OverlappedPair(device, comm_sms=16, num_sms=112)
+pair = OverlappedPair(device, comm_sms=16)
 modules = [PipelinedStage(stage, pair=pair) for stage in my_two_stages]
 stages = [
     PipelineStage(m, index, 2 * ranks, device, group=group, dw_builder=m.take_weights)
