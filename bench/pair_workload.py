@@ -26,7 +26,7 @@ __all__ = ["FORMS", "HOST_US", "MLP_SMS", "SEQUENCE", "SHAPES", "GraphWorkload",
 SHAPES = LAYER_SHAPES | {"tiny": (64, 64, 32, 16, 2)}
 SEQUENCE = 4096
 FORMS = ("expert", "unique")
-MLP_SMS = ("take-over", "rest")
+MLP_SMS = ("rest", "take-over")
 HOST_US = 8000  # a call without waits keeps the host busy for about as long
 TIMEOUT = 60.0  # seconds until a rank that fails ends the others
 SHORT, LONG = 2, 6  # micro-batches of a graph
@@ -87,9 +87,6 @@ class Workload:
         tokens, hidden, width, experts, topk = SHAPES[shape]
         self.device, self.layers = local_device(), args.layers
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.total_sms = 0
-        if self.device.type == "cuda":
-            self.total_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         like = {"dtype": self.dtype, "device": self.device}
         exchanges = {}
         for form in args.forms:  # opening is collective: one order on all ranks
@@ -196,9 +193,7 @@ class Workload:
 
     def _set_pair(self, comm_sms: int, mlp_sms: str, weight_delay: str) -> OverlappedPair:
         pair = self.pairs[weight_delay]
-        pair.comm_sms, pair.num_sms = comm_sms, None
-        if mlp_sms == "rest" and self.total_sms:
-            pair.num_sms = self.total_sms - comm_sms
+        pair.comm_sms, pair.take_over = comm_sms, mlp_sms == "take-over"
         return pair
 
     def _put(self, exchanges: list) -> None:

@@ -136,10 +136,6 @@ class Layout:
     def open(self, kind: str) -> Pipeline:
         args = self.args
         schedule = build_schedule(kind, self.pipeline_ranks, args.chunks)
-        num_sms = None
-        if self.device.type == "cuda" and args.mlp_sms == "rest":
-            found = torch.cuda.get_device_properties(self.device)
-            num_sms = found.multi_processor_count - args.comm_sms
         return Pipeline(
             [self.stage(s, schedule.num_stages) for s in schedule.stages_of(self.rank)],
             schedule=kind,
@@ -147,7 +143,7 @@ class Layout:
             timeout=TIMEOUT,
             weight_delay=args.weight_delay,
             comm_sms=args.comm_sms,
-            num_sms=num_sms,
+            take_over=args.mlp_sms == "take-over",
         )
 
     def step(self, pipeline: Pipeline, schedule: Schedule, losses: dict[str, torch.Tensor]) -> None:
@@ -433,8 +429,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--form", choices=["expert", "unique"], default="expert", help="of the exchange")
     add("--comm-sms", type=int, default=16, help="SMs that communicate (%(default)s)")
     add("--mlp-sms", choices=MLP_SMS, default="take-over",
-        help="SMs of GEMMs in a pair: all, tiles drawn from a counter; rest: equal shares of those "
-        "that do not communicate")  # fmt: skip
+        help="SMs of GEMMs in a pair: all, tiles drawn from a counter; or those that do not "
+        "communicate (%(default)s)")  # fmt: skip
     add("--weight-delay", choices=WEIGHT_DELAYS, default="all", help="(%(default)s)")
     add("--repeats", type=int, default=5, help="timed steps of each schedule (%(default)s)")
     add("--ranks", type=int, help="GPUs to use (all)")

@@ -189,6 +189,22 @@ class BlockChunk:
         """Unique rows are expanded, and summed, where the MLP runs: on the compute lane."""
         return self._moe is not None and self.exchange.form == "unique"
 
+    def beside_communication(self, num_sms: int | None, take_over: bool) -> tuple[int | None, bool]:
+        """What `mlp` and `mlp_backward` take beside communication, once the exchange is open.
+
+        Kernels that cannot draw tiles leave communication its SMs.
+        """
+        if not self._explicit:
+            return None, False
+        moe, comm_sms = self._moe, self.exchange.comm_sms
+        num_sms = moe.num_sms if num_sms is None else num_sms
+        if num_sms is not None or not comm_sms:  # copy engines need none
+            return num_sms, take_over
+        total, (major, _) = device_facts(self.exchange.device)
+        if take_over and major == 9 and moe.precision == "bf16":
+            return None, True
+        return total - comm_sms, False
+
     # ---- Forward ----
 
     def attention(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -233,8 +249,7 @@ class BlockChunk:
         return found
 
     def mlp(self, num_sms: int | None = None, take_over: bool = False) -> tuple[Tensor, ...]:
-        """`num_sms` and `take_over` are `grouped_mlp`'s, of our experts; without the first the
-        layer's holds."""
+        """`num_sms` and `take_over` are `grouped_mlp`'s, of our experts; None: the layer's."""
         if self._received is not None:
             self._rows, self._row_weight = self.exchange.expand(self._received, self._plan)
             self._received = None
@@ -312,7 +327,8 @@ class BlockChunk:
             self._run_experts(num_sms, take_over, recompute=False)
             self._out = None
         saved, d_out, moe = self._saved, self._d_out, self._moe
-        how = {"num_sms": self._expert_sms(num_sms, take_over), "take_over": take_over}
+        num_sms = moe.num_sms if num_sms is None else num_sms
+        how = {"num_sms": num_sms, "take_over": take_over}
         self._d_rows, self._d_weight = mlp_dgrad(d_out, saved, **how)
         if moe.w13.requires_grad or moe.w2.requires_grad:
             self._mlp_weights.add((moe.w13, moe.w2), lambda: mlp_wgrad(d_out, saved, **how))
@@ -360,7 +376,7 @@ class BlockChunk:
     def _run_experts(self, num_sms: int | None, take_over: bool, recompute: bool) -> None:
         """Our MLP on the dispatched rows; sets `_out` and, with `grad`, what the backward needs."""
         moe, rows = self._moe, self._rows
-        num_sms = self._expert_sms(num_sms, take_over)
+        num_sms = moe.num_sms if num_sms is None else num_sms
         self._saved = None
         with torch.no_grad():
             w13, w2 = moe.w13.to(rows.dtype), moe.w2.to(rows.dtype)  # themselves, but for autocast
@@ -372,14 +388,3 @@ class BlockChunk:
             self._out = grouped_mlp(*inputs, **how)
         if not self._grad:
             self._rows = self._row_weight = None
-
-    def _expert_sms(self, num_sms: int | None, take_over: bool) -> int | None:
-        """SMs of our MLP's kernels; None: all."""
-        moe, comm_sms = self._moe, self.exchange.comm_sms
-        num_sms = moe.num_sms if num_sms is None else num_sms
-        if num_sms is not None or not take_over or not comm_sms:
-            return num_sms
-        total, (major, _) = device_facts(self.exchange.device)
-        if major == 9 and moe.precision == "bf16":
-            return None
-        return total - comm_sms  # those kernels have equal shares: none may wait for an SM

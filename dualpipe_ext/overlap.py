@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .block import BlockChunk
 from .exchange import Exchange
+from .operators import device_facts
 from .ranges import named_range
 from .stage import WEIGHT_DELAYS, StageChunk
 
@@ -45,10 +46,12 @@ class OverlappedPair:
         comm_sms: SMs (or a ratio) that communication takes inside a pair, see `Exchange.comm_sms`,
             which comes back to its value afterwards; None leaves it.
         num_sms: SMs that the experts' GEMMs, and the expansion and sums of unique rows, take inside
-            a pair, in equal shares. None: GEMMs draw their tiles from a counter, so that programs
-            for which communication leaves no room take what is left as soon as it ends (fp8 and
-            other GPUs than Hopper: they leave communication its SMs); the layer's and the
-            exchange's `num_sms` hold.
+            a pair. None: the layer's and the exchange's numbers; GEMMs without one leave
+            communication its SMs.
+        take_over: GEMMs without a number take all SMs and draw their tiles from a counter, so that
+            programs for which communication leaves no room take what is left as soon as it ends
+            (bf16 on Hopper; others leave room). Faster where GEMMs are short: communication that
+            comes second waits for one to end.
         weight_delay: "off": a layer's weight gradients come with its input gradients. "experts":
             those of our expert MLP come after the input gradients have left for the dispatch▲.
             "all": also those of attention, the rest of the block and the stage's two ends; the
@@ -63,6 +66,7 @@ class OverlappedPair:
         *,
         comm_sms: int | float | None = None,
         num_sms: int | None = None,
+        take_over: bool = False,
         weight_delay: str = "all",
     ) -> None:
         if weight_delay not in WEIGHT_DELAYS:
@@ -70,6 +74,7 @@ class OverlappedPair:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.comm_sms, self.num_sms, self.weight_delay = comm_sms, num_sms, weight_delay
+        self.take_over = take_over
         self._lanes = _Lanes(torch.device(device))
 
     def run(
@@ -145,7 +150,7 @@ class OverlappedPair:
                 'one with channel="backward"'
             )
         run, tracks = self._lanes.run, self._lanes.tracks("F1", "F2")
-        share = self.num_sms, self.num_sms is None
+        how = self.num_sms, self.take_over
         a, b = tracks
         with self._window(first, second):
             x = run("compute", a, "begin", first.begin_forward)
@@ -157,10 +162,10 @@ class OverlappedPair:
                 run("compute", b, "attention", block_b.attention, y)
                 run(_comm(block_a), a, "dispatch", block_a.dispatch)
                 run(_comm(block_b), b, "plan", block_b.plan)
-                run("compute", a, "mlp", block_a.mlp, *share)
+                run("compute", a, "mlp", block_a.mlp, *block_a.beside_communication(*how))
                 run(_comm(block_b), b, "dispatch", block_b.dispatch)
                 run(_comm(block_a), a, "combine", block_a.combine)
-                run("compute", b, "mlp", block_b.mlp, *share)
+                run("compute", b, "mlp", block_b.mlp, *block_b.beside_communication(*how))
                 run(_comm(block_b), b, "combine", block_b.combine)
                 x = run("compute", a, "output", block_a.output)
                 y = run("compute", b, "output", block_b.output)
@@ -176,11 +181,12 @@ class OverlappedPair:
         backward: BlockChunk | None,
     ) -> None:
         """A layer of each, or of one where the other has no more, from attention△ to combine△."""
-        run, share = self._lanes.run, (self.num_sms, self.num_sms is None)
+        run, how = self._lanes.run, (self.num_sms, self.take_over)
         if forward is not None:
             run("compute", f, "attention", forward.attention, x)
             run(_comm(forward), f, "plan", forward.plan)
         if backward is not None:
+            share = backward.beside_communication(*how)
             if self.weight_delay == "off":
                 run("compute", b, "mlp", _mlp_backward_whole, backward, *share)
             else:
@@ -191,7 +197,7 @@ class OverlappedPair:
         if backward is not None:
             run(_comm(backward), b, "dispatch", backward.dispatch_backward)
         if forward is not None:
-            run("compute", f, "mlp", forward.mlp, *share)
+            run("compute", f, "mlp", forward.mlp, *forward.beside_communication(*how))
             run(_comm(forward), f, "combine", forward.combine)
 
     def _backward(
@@ -306,6 +312,9 @@ def _set_sms(exchange: Exchange, comm_sms: int | float | None, num_sms: int | No
         exchange.comm_sms = comm_sms
     if num_sms is not None:
         exchange.num_sms = num_sms
+    elif exchange.num_sms is not None:  # of kernels with equal shares: none may wait for an SM
+        free = device_facts(exchange.device)[0] - exchange.comm_sms
+        exchange.num_sms = min(exchange.num_sms, free)
 
 
 def _comm(block: BlockChunk) -> str:

@@ -248,25 +248,25 @@ def test_a_backward_that_takes_over_keeps_the_layers_sms(monkeypatch):
 @pytest.mark.parametrize(
     "capability, precision, num_sms, take_over, comm_sms, expected",
     [
-        ((9, 0), "bf16", None, True, 8, None),  # tiles are drawn
-        ((9, 0), "fp8", None, True, 8, 124),
-        ((10, 0), "bf16", None, True, 8, 124),
-        ((9, 0), "fp8", None, True, 0, None),  # copy engines
-        ((9, 0), "fp8", None, False, 8, None),  # not beside communication
-        ((9, 0), "fp8", 100, True, 8, 100),
+        ((9, 0), "bf16", None, False, 8, (124, False)),
+        ((9, 0), "bf16", None, True, 8, (None, True)),  # tiles are drawn
+        ((9, 0), "fp8", None, True, 8, (124, False)),
+        ((10, 0), "bf16", None, True, 8, (124, False)),
+        ((9, 0), "fp8", None, False, 0, (None, False)),  # copy engines
+        ((9, 0), "fp8", 100, True, 8, (100, True)),
     ],
 )
 def test_sms_of_experts(capability, precision, num_sms, take_over, comm_sms, expected, monkeypatch):
-    """Kernels with equal shares leave communication its SMs; the others draw tiles on all."""
+    """Kernels with equal shares leave communication its SMs; others may draw tiles on all."""
     monkeypatch.setattr(block, "device_facts", lambda device: (132, capability))
     layer = small.block()
     chunk = layer.start_chunk()
     moe = layer.feed_forward
     moe.precision = precision
     moe.exchange = SimpleNamespace(comm_sms=comm_sms, device="cuda", form="expert")
-    assert chunk._expert_sms(num_sms, take_over) == expected
+    assert chunk.beside_communication(num_sms, take_over) == expected
     moe.num_sms = 7
-    assert chunk._expert_sms(None, take_over) == 7
+    assert chunk.beside_communication(None, take_over) == (7, take_over)
 
 
 def test_plan_lives_until_the_compute_lane_is_behind_its_last_reader():
