@@ -13,7 +13,6 @@ there has the total in its hands, writes it in its final dtype, and leaves 0 for
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from .arithmetic import ceil_div, power_of_two
 from .launch import cache_launches
@@ -28,8 +27,6 @@ ADDED = tl.constexpr(54)
 ROWS, TILE = 64, 4096  # of a chunk: tokens at most, logits
 WARPS = 16  # 8 logits a thread
 AHEAD = tl.constexpr(4)  # splits read at once
-# Launched while the kernel before it ends, whose results it waits for on the GPU.
-EARLY = False
 
 
 @triton.jit
@@ -71,12 +68,9 @@ def choose_kernel(
     SOFTMAX: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     ROWS: tl.constexpr,
-    EARLY: tl.constexpr,
     AHEAD: tl.constexpr = AHEAD,
     LOST: tl.constexpr = LOST,
 ):
-    if EARLY:
-        gdc_wait()
     COLUMNS: tl.constexpr = GROUPS * SIZE
     column = tl.arange(0, COLUMNS)
     expert, valid = locate_experts(column[None, :], E, SIZE, N_GROUPS)
@@ -182,8 +176,6 @@ def choose(
         SOFTMAX=bias is None,
         RENORMALIZE=renormalize,
         ROWS=rows,
-        EARLY=EARLY,
         num_warps=WARPS,
-        **({"launch_pdl": True} if EARLY else {}),
     )
     return topk_idx, topk_weight, logits, probability_sum, count
