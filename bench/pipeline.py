@@ -389,7 +389,7 @@ def format_table(records: list[dict]) -> str:
 def measure(args: argparse.Namespace, rank: int, world_size: int) -> None:
     names = ("hidden", "expert_hidden", "experts", "topk", "tokens", "sequence", "layers")
     sizes = {name: getattr(args, name) for name in (*names, "chunks", "repeats")}
-    sizes |= {name: getattr(args, name) for name in ("comm_sms", "form", "weight_delay")}
+    sizes |= {name: getattr(args, name) for name in ("comm_sms", "mlp_sms", "form", "weight_delay")}
     result = describe_run("bench/pipeline.py", args, world_size, sizes) | {"results": []}
     for pipeline_ranks in args.pipeline_ranks:
         if world_size % pipeline_ranks or args.layers % (2 * pipeline_ranks):
@@ -428,9 +428,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--topk", type=int, default=8, help="experts of a token (%(default)s)")
     add("--form", choices=["expert", "unique"], default="expert", help="of the exchange")
     add("--comm-sms", type=int, default=16, help="SMs that communicate (%(default)s)")
-    add("--mlp-sms", choices=MLP_SMS, default="take-over",
-        help="SMs of GEMMs in a pair: all, tiles drawn from a counter; or those that do not "
-        "communicate (%(default)s)")  # fmt: skip
+    add("--mlp-sms", choices=MLP_SMS, default="rest",
+        help="SMs of GEMMs in a pair: those that do not communicate; take-over: all, tiles drawn "
+        "from a counter")  # fmt: skip
     add("--weight-delay", choices=WEIGHT_DELAYS, default="all", help="(%(default)s)")
     add("--repeats", type=int, default=5, help="timed steps of each schedule (%(default)s)")
     add("--ranks", type=int, help="GPUs to use (all)")

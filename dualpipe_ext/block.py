@@ -196,14 +196,16 @@ class BlockChunk:
         """
         if not self._explicit:
             return None, False
-        moe, comm_sms = self._moe, self.exchange.comm_sms
+        moe, exchange = self._moe, self.exchange
         num_sms = moe.num_sms if num_sms is None else num_sms
-        if num_sms is not None or not comm_sms:  # copy engines need none
+        if num_sms is not None or exchange.device.type != "cuda":
             return num_sms, take_over
-        total, (major, _) = device_facts(self.exchange.device)
-        if take_over and major == 9 and moe.precision == "bf16":
+        total, (major, _) = device_facts(exchange.device)
+        draws = major == 9 and moe.precision == "bf16"
+        # With copy engines, too, the communication lane has kernels: they plan, pack and add up.
+        if draws and (take_over or not exchange.comm_sms):
             return None, True
-        return total - comm_sms, False
+        return total - exchange.comm_sms if exchange.comm_sms else None, False
 
     # ---- Forward ----
 

@@ -46,8 +46,8 @@ class OverlappedPair:
         comm_sms: SMs (or a ratio) that communication takes inside a pair, see `Exchange.comm_sms`,
             which comes back to its value afterwards; None leaves it.
         num_sms: SMs that the experts' GEMMs, and the expansion and sums of unique rows, take inside
-            a pair. None: the layer's and the exchange's numbers; GEMMs without one leave
-            communication its SMs.
+            a pair. None: the layer's number, and those that do not communicate where it has none,
+            which is also the most that the exchange's number may be.
         take_over: GEMMs without a number take all SMs and draw their tiles from a counter, so that
             programs for which communication leaves no room take what is left as soon as it ends
             (bf16 on Hopper; others leave room). Faster where GEMMs are short: communication that

@@ -66,12 +66,10 @@ class WeightGradients:
     def run(self) -> None:
         """Compute what waits, in the order in which it came."""
         waiting, self._waiting = self._waiting, []
-        parameters, gradients = [], []
-        with torch.no_grad():
-            for some, compute in waiting:
-                parameters += some
-                gradients += compute()
-        accumulate(parameters, gradients)
+        for parameters, compute in waiting:  # one by one: at most one's gradients are in memory
+            with torch.no_grad():
+                gradients = compute()
+            accumulate(parameters, gradients)
 
 
 def accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:

@@ -3,6 +3,9 @@
 The driver is a fake that notes launches; kernels are compiled for sm_90, as everywhere.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -77,14 +80,14 @@ class Driver:
     utils, binary_ext = Utils(), "cubin"
 
     def __init__(self):
-        self.launches, self.stream = [], 7
+        self.launches, self.stream, self.device = [], 7, 0
         self.launcher_cls = self._make_launcher
 
     def _make_launcher(self, source, metadata):
         return lambda *arguments: self.launches.append((source.hash(), metadata.hash, arguments))
 
     def get_current_device(self):
-        return 0
+        return self.device
 
     def get_current_stream(self, device):
         return self.stream
@@ -135,7 +138,7 @@ def test_as_triton_whatever_changes(fake):
         assert launches_twice(fake, *pair, (4, 5), y, x, 0.5, n, 7, **usual)
     fake.stream = 8
     assert launches_twice(fake, *pair, (1, 2, 3), x, y, 2.0, 17, 5, **usual)
-    for n in (1, 16, 0, 2**31, 2**35, -1, -(2**31) - 1):
+    for n in (1, 16, 0, 2**31, 2**35, -1, -(2**31), -(2**31) - 16, 2**63 - 16, -(2**63), 2**63):
         launches_twice(fake, *pair, (3,), x, y, 2.0, n, 5, **usual)
         assert launches_twice(fake, *pair, (3,), x, y, 2.0, n, 5, **usual), n
     for a, b in ((x[1:], y), (x, y[1:]), (x.half(), y), (x, None), (torch.nn.Parameter(x), y)):
@@ -179,17 +182,64 @@ def test_layouts(fake):
     assert all(known)
 
 
-def test_hooks_are_called(fake):
+def test_a_layout_in_a_key_stays_alive(fake):
+    """Keys have the number of its object, which another could get."""
+    _, kernel = both(gluon_kernel, gluon.jit)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+    boxes = Boxes(torch.zeros(64, 64, dtype=torch.bfloat16), [64, 64], [64, 1], [16, 64], layout)
+    kernel[(1,)](boxes, SIZE=1)
+    alive = weakref.ref(layout)
+    del layout, boxes, fake.launches[:]
+    gc.collect()
+    assert alive() is not None
+
+
+def test_devices_have_kernels_of_their_own(fake):
+    pair = both(copy_kernel)
+    first = ((3,), torch.zeros(64), None, 2.0, 17, 5)
+    for device in (0, 1):
+        fake.device = device
+        assert not launches_twice(fake, *pair, *first, SIZE=32, ADD=True)
+    fake.device = 0
+    assert launches_twice(fake, *pair, *first, SIZE=32, ADD=True)
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_launch_hooks_get_what_triton_gives_them(fake, name):
     _, kernel = both(copy_kernel)
-    x, usual, names = torch.zeros(64), {"SIZE": 32, "ADD": True}, []
-    kernel[(1,)](x, x, 2.0, 3, 4, **usual)
-    triton.knobs.runtime.launch_enter_hook.add(hook := lambda facts: names.append(facts))
+    first = (torch.zeros(64), None, 2.0, 17, 5)
+    kernel[(1,)](*first, SIZE=32, ADD=True)
+    hooks = getattr(triton.knobs.runtime, name)
+    place = 6 + ["launch_metadata", "launch_enter_hook", "launch_exit_hook"].index(name)
+    hooks.add(hook := lambda facts: None)
     try:
-        kernel[(1,)](x, x, 2.0, 3, 4, **usual)
+        kernel[(1,)](*first, SIZE=32, ADD=True)
     finally:
-        triton.knobs.runtime.launch_enter_hook.remove(hook)
-    enter = fake.launches[-1][2][7]
-    assert enter is triton.knobs.runtime.launch_enter_hook
+        hooks.remove(hook)
+    assert fake.launches[-1][2][place] is hooks
+    kernel[(1,)](*first, SIZE=32, ADD=True)
+    assert fake.launches[-1][2][place] is None
+
+
+def test_hooks_that_are_no_chains(fake, monkeypatch):
+    _, kernel = both(copy_kernel)
+    first = (torch.zeros(64), None, 2.0, 17, 5)
+    for hook in (None, lambda facts: None):
+        monkeypatch.setattr(triton.knobs.runtime, "launch_exit_hook", hook)
+        for _ in range(2):
+            kernel[(1,)](*first, SIZE=32, ADD=True)
+        assert fake.launches[-1][2][8] is hook
+
+
+def test_a_warm_up_and_a_hook_of_the_kernel(fake):
+    _, kernel = both(copy_kernel)
+    first, seen = (torch.zeros(64), None, 2.0, 17, 5), []
+    kernel[(1,)](*first, SIZE=32, ADD=True)
+    kernel.warmup(*first, SIZE=32, ADD=True, grid=(1,))
+    assert len(fake.launches) == 1
+    kernel.pre_run_hooks.append(lambda *arguments, **constants: seen.append(constants["SIZE"]))
+    kernel[(1,)](*first, SIZE=32, ADD=True)
+    assert seen == [32]
 
 
 def test_constants_by_position_are_left_to_triton(fake):

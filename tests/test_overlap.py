@@ -252,7 +252,8 @@ def test_a_backward_that_takes_over_keeps_the_layers_sms(monkeypatch):
         ((9, 0), "bf16", None, True, 8, (None, True)),  # tiles are drawn
         ((9, 0), "fp8", None, True, 8, (124, False)),
         ((10, 0), "bf16", None, True, 8, (124, False)),
-        ((9, 0), "fp8", None, False, 0, (None, False)),  # copy engines
+        ((9, 0), "bf16", None, False, 0, (None, True)),  # copy engines
+        ((9, 0), "fp8", None, False, 0, (None, False)),
         ((9, 0), "fp8", 100, True, 8, (100, True)),
     ],
 )
@@ -263,7 +264,7 @@ def test_sms_of_experts(capability, precision, num_sms, take_over, comm_sms, exp
     chunk = layer.start_chunk()
     moe = layer.feed_forward
     moe.precision = precision
-    moe.exchange = SimpleNamespace(comm_sms=comm_sms, device="cuda", form="expert")
+    moe.exchange = SimpleNamespace(comm_sms=comm_sms, device=torch.device("cuda"))
     assert chunk.beside_communication(num_sms, take_over) == expected
     moe.num_sms = 7
     assert chunk.beside_communication(None, take_over) == (7, take_over)

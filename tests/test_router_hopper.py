@@ -113,3 +113,12 @@ def test_every_sum_is_short():
     for steps in (1, 28, 112, 128, 1000):
         assert -(-steps // tiles(32, steps, -(-steps // 28))) <= 28
         assert -(-steps // tiles(56, steps, -(-steps // 32))) <= 32
+
+
+@pytest.mark.parametrize("stride", [1, 132])
+def test_one_token_of_any_stride(stride):
+    """torch calls it contiguous whatever its stride is, and TMA wants multiples of 16 bytes."""
+    x, weight = drawn(1, 256, dtype=BF16).as_strided((1, 128), (stride, 1)), drawn(2, 8, 128)
+    assert x.is_contiguous()
+    parts = emulated()[0].logits_hopper(x, weight, n_groups=1, num_sms=2)
+    assert relative_error(parts.sum(0)[:, :8], x.double() @ weight.double().T) < 1e-5

@@ -32,6 +32,10 @@ def describe(
 @lru_cache(maxsize=1024)  # 4 us: sizes repeat, though the rows of an expert group seldom do
 def _checked(dtype: torch.dtype, shape: tuple, strides: tuple, block: tuple) -> dict:
     layout = shared_layout(block, dtype)
+    if 1 in shape:  # such a dimension may have any stride, and TMA wants multiples of 16 bytes
+        step = 16 // dtype.itemsize
+        outer = zip(shape[:-1], strides[:-1], strict=True)
+        strides = (*(step if n == 1 and s % step else s for n, s in outer), strides[-1])
     base = torch.empty(0, dtype=dtype)
     return vars(TensorDescriptor(base, list(shape), list(strides), list(block), layout))
 

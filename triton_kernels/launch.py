@@ -2,7 +2,7 @@
 
 JITFunction.run binds, specializes and hashes every argument anew in each launch: 30 to 40 us, and a
 transformer block forward and backward has about thirty. What follows looks the compiled kernel up
-by less, and by nothing that Triton would not have told apart.
+by a key that differs wherever Triton's does.
 """
 
 import inspect
@@ -24,13 +24,15 @@ __all__ = ["cache_launches"]
 VERSIONS = ("3.6.",)  # of Triton, whose compiled kernels are called as below
 EMPTY = inspect.Parameter.empty
 ONES = {1: (1, 1), 2: (1,), 3: ()}
+INT32, INT64 = range(-(2**31), 2**31), range(-(2**63), 2**63)
 
 
 def cache_launches(kernel):
     """Decorates a kernel whose launches pass constants, and nothing else, by keyword.
 
-    `kernel[grid](...)` stays as it is. A change of Triton's debug mode or of a global constant
-    after the first launch goes unnoticed; launch hooks are served, by Triton's own way.
+    `kernel[grid](...)` stays as it is, for a grid of numbers. A change of Triton's debug mode or of
+    a global constant after the first launch goes unnoticed; launch hooks are served, by Triton's
+    own way.
     """
     if isinstance(kernel, JITFunction) and triton.__version__.startswith(VERSIONS):
         kernel.run = _CachedLaunches(kernel)
@@ -46,15 +48,15 @@ class _CachedLaunches:
         self._found: dict[tuple, tuple] = {}
 
     def __call__(self, *args, grid, warmup, **constants):
-        runtime = knobs.runtime
-        hooks = self._hooks or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        hooks = self._hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
         active = driver.active
         device = active.get_current_device()
         key = None if warmup or hooks else _key(device, args, constants)
         found = self._found.get(key)
         if found is None:
             compiled = self._run(*args, grid=grid, warmup=warmup, **constants)
-            if key is not None:
+            if key is not None and compiled is not None:
                 self._keep(key, compiled, args, constants)
             return compiled
         compiled, run, rest, _ = found
@@ -74,13 +76,13 @@ class _CachedLaunches:
 
 
 def _key(device: int, args: tuple, constants: dict) -> tuple | None:
-    """What decides which compiled kernel runs, or more than that; None: ask Triton."""
+    """What decides which compiled kernel runs, and more than that; None: ask Triton."""
     key = [device, *constants, *constants.values()]
     add = key.append
     for x in args:
         kind = type(x)
         if kind is int:
-            add(-1 if x == 1 else (x % 16 == 0) + x.bit_length() // 32 * 2)
+            add(-1 if x == 1 else (x % 16 == 0) + 2 * (x not in INT32) + 4 * (x not in INT64))
         elif kind is torch.Tensor or kind is torch.nn.Parameter:
             add(x.dtype if x.data_ptr() % 16 == 0 else (x.dtype,))
         elif kind is GluonDescriptor:
