@@ -6,6 +6,7 @@ import json
 import torch
 
 from dualpipe_ext.pipeline import Pipeline
+from dualpipe_ext.ranges import named_range
 from dualpipe_ext.recording import add_lanes, record_trace
 from dualpipe_ext.trace import measure_overlap, read_trace
 from tests import small_transformer as small
@@ -78,3 +79,22 @@ def test_without_ranges_the_rows_are_empty(tmp_path):
     with record_trace(path):
         torch.ones(3).sum()
     assert rows_of(json.loads(path.read_text())) == {"pipeline": [], "compute": [], "comm": []}
+
+
+def test_a_range_does_not_break_a_compiled_graph():
+    def function(x):
+        with named_range("part"):
+            return x + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_ranges_are_there_for_a_profiler_only():
+    with named_range("unseen"):
+        pass
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu]) as profiler, named_range("seen"):
+        torch.ones(1)
+    names = {event.key for event in profiler.key_averages()}
+    assert "seen" in names and "unseen" not in names
