@@ -19,6 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Boxes  #
 from triton.runtime.driver import driver  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from dualpipe_ext.triton_kernels.boxes import describe, shared_layout  # noqa: E402
 from dualpipe_ext.triton_kernels.launch import VERSIONS, cache_launches  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -168,6 +169,30 @@ def test_descriptors(fake):
     assert not launches_twice(fake, *pair, (1,), *boxes[32], SIZE=1)
     half = [TensorDescriptor(x.half(), [64, 64], [64, 1], [16, 16]) for _ in range(2)]
     assert not launches_twice(fake, *pair, (1,), *half, SIZE=1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"), [(None, None), ((32, 2, 64), (128, 64, 1)), ((1, 64), (64, 1))]
+)
+def test_described_boxes_are_what_triton_makes_of_them(shape, strides):
+    x = torch.zeros(64, 64, dtype=torch.bfloat16)
+    block = [1] * (len(shape or x.shape) - 1) + [64]
+    layout = shared_layout(block, x.dtype)
+    want = Boxes(x, list(shape or x.shape), list(strides or x.stride()), block, layout)
+    for _ in range(2):  # made, and made of what is kept
+        found = describe(x, block, shape, strides)
+        assert type(found) is Boxes and found.base is x
+        assert vars(found) | {"base": None} == vars(want) | {"base": None}
+        assert found.layout is layout  # of which a launch's key has the number
+
+
+def test_boxes_that_tma_does_not_take():
+    x = torch.zeros(64, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"starts at address 0x\w+, TMA needs a multiple of 16"):
+        describe(x[:, 1:], [16, 16])
+    with pytest.raises(AssertionError, match="16-byte aligned"):
+        describe(x, [16, 16], (16, 16), (17, 1))
+    assert describe(x, [16, 16], (1, 16), (17, 1)).strides == [8, 1]  # any would do
 
 
 def test_layouts(fake):

@@ -299,6 +299,17 @@ def test_gradient_hooks_fire_after_the_delayed_weights():
     assert all(gradient is not None for _, gradient in fired)
 
 
+def test_each_weight_gradient_is_added_before_the_next_is_computed():
+    """So that one is in memory at a time, and data-parallel hooks fire as autograd's would."""
+    later, seen = WeightGradients(), []
+    for i in range(3):
+        weight = nn.Parameter(torch.zeros(2))
+        weight.register_post_accumulate_grad_hook(lambda _, i=i: seen.append(("added", i)))
+        later.add((weight,), lambda i=i: seen.append(("computed", i)) or [torch.ones(2)])
+    later.run()
+    assert seen == [(what, i) for i in range(3) for what in ("computed", "added")]
+
+
 def test_main_grad_takes_the_gradient():
     model = small.stage(1)
     expected = copy.deepcopy(model)
