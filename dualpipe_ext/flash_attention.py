@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .operators import define, device_facts, has_gluon, without_autocast
+from .operators import define, device_facts, has_gluon, triton_version, without_autocast
 
 __all__ = ["flash_attention", "runs_as_kernels"]
 
@@ -224,8 +224,8 @@ def _has_gluon() -> bool:
     fits = has_gluon()
     if not fits:
         warnings.warn(
-            "the attention kernels need Triton 3.6 or newer: attention runs slower without them. "
-            "Install triton, or choose an implementation by its name.",
+            f"the attention kernels need Triton 3.6 or newer, found {triton_version()}: attention "
+            "runs slower without them. Install triton, or choose an implementation by its name.",
             stacklevel=2,
         )
     return fits

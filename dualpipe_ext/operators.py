@@ -24,6 +24,7 @@ __all__ = [
     "has_triton",
     "is_observed",
     "sm_count",
+    "triton_version",
     "use_triton",
     "wide",
     "without_autocast",
@@ -182,15 +183,22 @@ def has_triton() -> bool:
     return True
 
 
+def triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return triton.__version__
+
+
 @cache
 def has_gluon() -> bool:
     """Whether Triton is new enough for the kernels that only Hopper GPUs run."""
     try:
-        import triton
         from triton.experimental import gluon  # noqa: F401
     except ImportError:
         return False
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+    return tuple(map(int, triton_version().split(".")[:2])) >= (3, 6)
 
 
 @cache
@@ -200,11 +208,11 @@ def device_facts(device: torch.device) -> tuple[int, tuple[int, int]]:
     return properties.multi_processor_count, (properties.major, properties.minor)
 
 
-def use_triton(*tensors: torch.Tensor | None, tma: bool = False) -> bool:
+def use_triton(*tensors: torch.Tensor, tma: bool = False) -> bool:
     """Whether a kernel takes these: bf16, fp16 or fp32 on a GPU (Hopper for TMA), or on the CPU
     where TRITON_INTERPRET=1 asks for Triton's interpreter."""
     for tensor in tensors:
-        if tensor is not None and tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOATS:
             return False
     first = tensors[0]
     if first.is_cuda:

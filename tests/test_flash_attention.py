@@ -278,6 +278,13 @@ def test_what_runs_as_kernels(changes, runs, monkeypatch):
     assert operator.runs_as_kernels(q, v) == runs
 
 
+def test_a_triton_that_is_too_old_is_named(monkeypatch):
+    monkeypatch.setattr(operator, "has_gluon", lambda: False)
+    monkeypatch.setattr(operator, "triton_version", lambda: "3.5.1")
+    with pytest.warns(UserWarning, match=r"need Triton 3\.6 or newer, found 3\.5\.1.*Install"):
+        assert not operator._has_gluon.__wrapped__()
+
+
 # ---- The kernels, emulated ----
 
 
