@@ -116,9 +116,9 @@ class Problem:
             "dw13": (self.d_gate_up, self.rows, self.dw13),
             "dw2": (self.dout, self.act, self.dw2),
         }[gemm]
-        main_grad = how.pop("main_grad", None)
-        if main_grad is not None:
-            return grouped_wgrad(y, x, offsets, main_grad, accumulate=True, **how)
+        total = how.pop("total", None)
+        if total is not None:
+            return grouped_wgrad(y, x, offsets, total, accumulate=True, **how)
         return grouped_wgrad(y, x, offsets, dw, accumulate=False, **how)
 
     def torch(self, gemm: str):
@@ -140,6 +140,7 @@ class Problem:
 
 GEMMS = ("gate_up", "down", "d_gate_up", "drows", "dw13", "dw2")
 SWEEPS = (*GEMMS, "dw13_main_grad", "dw2_main_grad")
+TOTALS = {"main_grad": torch.float32, "grad": torch.bfloat16}  # gradients so far, to add to
 
 
 def interleaved_medians(variants: dict[str, Callable[[int], object]], rounds: int) -> dict:
@@ -218,13 +219,12 @@ def measure(shape: Shape, num_sms: list[int], rounds: int) -> list[dict]:
         for name, how in options.items():
             variants[name] = lambda i, g=gemm, how=how: sets[i].ours(g, **how)
         if gemm in ("dw13", "dw2"):
-            # One for all sets: for the largest weight it takes 7.5 GB.
-            main_grad = torch.zeros_like(getattr(sets[0], gemm), dtype=torch.float32)
-            variants["ours, main_grad"] = lambda i, g=gemm, m=main_grad: sets[i].ours(
-                g, main_grad=m
-            )
-            # The peer that does the same work: its gradient in bf16, and a pass to add it.
-            variants["torch, main_grad"] = lambda i, g=gemm, m=main_grad: m.add_(sets[i].torch(g))
+            for name, dtype in TOTALS.items():
+                # One for all sets: in fp32 it takes 7.5 GB for the largest weight.
+                total = torch.zeros_like(getattr(sets[0], gemm), dtype=dtype)
+                variants[f"ours, {name}"] = lambda i, g=gemm, t=total: sets[i].ours(g, total=t)
+                # The peer that does the same work: its gradient in bf16, and a pass to add it.
+                variants[f"torch, {name}"] = lambda i, g=gemm, t=total: t.add_(sets[i].torch(g))
         if gemm == "gate_up":
             variants["ours, inference"] = lambda i, g=gemm: sets[i].ours(g, save=False)
         medians = interleaved_medians(variants, rounds)
@@ -233,10 +233,10 @@ def measure(shape: Shape, num_sms: list[int], rounds: int) -> list[dict]:
             for name, us in medians.items()
             if not name.startswith("torch")
         ]
-        if "torch, main_grad" in medians:
-            same_work = medians["torch, main_grad"] / medians["ours, main_grad"]
-            rows[-1]["ratio_to_torch_and_add"] = round(same_work, 3)
         for r in rows[-len(medians) :]:
+            peer = r["variant"].replace("ours", "torch")
+            if r["gemm"] == gemm and peer != "torch" and peer in medians:
+                r["ratio_to_torch_and_add"] = round(medians[peer] / r["us"], 3)
             n = options.get(r["variant"], {}).get("num_sms")
             if n and r["gemm"] == gemm:
                 r["fair_share"] = round(medians["ours"] * num_sms[0] / r["us"] / n, 3)
@@ -357,7 +357,7 @@ def sweep_kernel(shape: Shape, kernel: str, sets: list[Problem], rounds: int) ->
     shared = {}
     if gemm != kernel:
         main_grad = torch.zeros_like(getattr(sets[0], gemm), dtype=torch.float32)
-        shared["main_grad"] = main_grad
+        shared["total"] = main_grad
         variants["torch and add_"] = lambda i: main_grad.add_(sets[i].torch(gemm))
     for how in candidates(kernel):
         name = describe(how["config"])

@@ -333,7 +333,9 @@ class BlockChunk:
         how = {"num_sms": num_sms, "take_over": take_over}
         self._d_rows, self._d_weight = mlp_dgrad(d_out, saved, **how)
         if moe.w13.requires_grad or moe.w2.requires_grad:
-            self._mlp_weights.add((moe.w13, moe.w2), lambda: mlp_wgrad(d_out, saved, **how))
+            self._mlp_weights.add(
+                (moe.w13, moe.w2), lambda totals: mlp_wgrad(d_out, saved, totals=totals, **how)
+            )
         self._saved = self._rows = self._row_weight = self._d_out = None
 
     def mlp_backward_weight(self) -> None:

@@ -12,6 +12,7 @@ plain torch anywhere.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -183,11 +184,15 @@ def mlp_wgrad(
     dout_scale: torch.Tensor | None = None,
     num_sms: int | None = None,
     take_over: bool | None = None,
+    totals: Sequence[torch.Tensor | None] = (None, None),
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of the weights, any time after mlp_dgrad: dw13 [L, 2I, H] and dw2 [L, H, I].
 
     dout and dout_scale as in mlp_dgrad; e4m3 rows go back to the weights' dtype for these products.
-    For a weight with an fp32 `main_grad` the gradient is added there and None returned for it.
+    For a weight with an fp32 `main_grad` the gradient is added there and None returned for it; so
+    with `totals`, gradients so far, in the weight's dtype or fp32: the kernel adds to them, which
+    spares a pass over all three. One that it cannot add to (strided, or not at a multiple of 16
+    bytes) is left alone, and the gradient returned.
     Without `num_sms` and `take_over` both are the forward's; on Hopper these kernels always draw.
     """
     _check_dout(dout, dout_scale, saved)
@@ -200,8 +205,8 @@ def mlp_wgrad(
         rows = _wide(rows, saved.fp8.row_scale, saved.w13.dtype)
         dout = _wide(dout, dout_scale, saved.w13.dtype)
     return (
-        _wgrad(saved.w13, saved.d_gate_up, rows, *how),
-        _wgrad(saved.w2, dout, saved.act, *how),
+        _wgrad(saved.w13, saved.d_gate_up, rows, *how, total=totals[0]),
+        _wgrad(saved.w2, dout, saved.act, *how, total=totals[1]),
     )
 
 
@@ -217,13 +222,20 @@ def _wide(rows: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) ->
     return rows if scale is None else dequantize_rows(rows, scale, dtype)
 
 
-def _wgrad(weight, y, x, *how) -> torch.Tensor | None:
+def _wgrad(weight, y, x, *how, total=None) -> torch.Tensor | None:
     main_grad = getattr(weight, "main_grad", None)
-    if main_grad is None:
+    if main_grad is not None:
+        _check_main_grad(main_grad, weight)
+    elif total is None or not _can_add(total, weight):
         return _wgrad_operator(y, x, *how)
-    _check_main_grad(main_grad, weight)
-    _wgrad_add_operator(main_grad, y, x, *how)
+    _wgrad_add_operator(total if main_grad is None else main_grad, y, x, *how)
     return None
+
+
+def _can_add(total: torch.Tensor, weight: torch.Tensor) -> bool:
+    like = (total.shape, total.device) == (weight.shape, weight.device)
+    dtype = total.dtype in (weight.dtype, torch.float32)
+    return like and dtype and total.is_contiguous() and total.data_ptr() % 16 == 0
 
 
 # ---- Checks ----

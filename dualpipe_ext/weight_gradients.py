@@ -9,6 +9,7 @@ backward and leaves the second there; `run` computes it and adds it as autograd 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +58,12 @@ class WeightGradients:
         finally:
             _collector.reset(token)
 
-    def add(
-        self, parameters: Sequence[nn.Parameter], compute: Callable[[], Sequence[Tensor | None]]
-    ) -> None:
-        """`run` will call `compute` and add what it returns to the gradients of `parameters`."""
+    def add(self, parameters: Sequence[nn.Parameter], compute: Callable) -> None:
+        """`run` will call `compute(totals)` and add what it returns to the parameters' gradients.
+
+        A total is a parameter's gradient so far where it may be added to in place, else None. For
+        each of them `compute` adds to it and returns None, or leaves it and returns a gradient.
+        """
         self._waiting.append((parameters, compute))
 
     def run(self) -> None:
@@ -68,8 +71,59 @@ class WeightGradients:
         waiting, self._waiting = self._waiting, []
         for parameters, compute in waiting:  # one by one: at most one's gradients are in memory
             with torch.no_grad():
-                gradients = compute()
+                totals = [_total(parameter) for parameter in parameters]
+                gradients = compute(totals)
             accumulate(parameters, gradients)
+            added = [
+                parameter
+                for parameter, total, gradient in zip(parameters, totals, gradients, strict=True)
+                if total is not None and gradient is None
+            ]
+            if added:
+                _run_hooks(added)
+
+
+def _total(parameter: nn.Parameter) -> Tensor | None:
+    """A parameter's gradient so far, for sums in place; None where somebody may look on."""
+    total = parameter.grad
+    if type(total) is not Tensor or total.requires_grad or not total.is_contiguous():
+        return None  # nothing yet, a DTensor, part of a graph
+    seen = parameter._backward_hooks or not parameter.requires_grad  # hooks get each gradient alone
+    return None if seen or hasattr(parameter, "main_grad") else total
+
+
+def _run_hooks(parameters: Sequence[nn.Parameter]) -> None:
+    """What autograd runs after it has accumulated (DDP, `register_post_accumulate_grad_hook`)."""
+    run_backward([_Nothing.apply(*parameters)], [None])
+    for parameter in parameters:
+        hooks = parameter._post_accumulate_grad_hooks
+        if hooks and not _autograd_runs_them():
+            for hook in hooks.values():
+                hook(parameter)
+
+
+@cache
+def _autograd_runs_them() -> bool:
+    """Whether this torch runs `register_post_accumulate_grad_hook`'s where no gradient came: 2.13
+    does, before it was not so."""
+    ran = []
+    parameter = nn.Parameter(torch.zeros(()))
+    parameter.register_post_accumulate_grad_hook(ran.append)
+    run_backward([_Nothing.apply(parameter)], [None])
+    return bool(ran)
+
+
+class _Nothing(torch.autograd.Function):
+    """Its backward takes autograd to the parameters without a gradient: nodes' hooks run, DDP's."""
+
+    @staticmethod
+    def forward(ctx, *parameters):
+        ctx.count = len(parameters)
+        return torch.empty(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return (None,) * ctx.count
 
 
 def accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
@@ -134,11 +188,16 @@ class _DelayedLinear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         parameters = ctx.parameters
 
-        def compute():
-            dy_2d = dy.flatten(0, -2)
-            wanted = parameters[0].requires_grad
-            gradients = [dy_2d.T @ x.flatten(0, -2) if wanted else None]
-            return gradients if len(parameters) == 1 else [*gradients, dy_2d.sum(0)]
+        def compute(totals):
+            dy_2d, x_2d = dy.flatten(0, -2), x.flatten(0, -2)
+            gradients = [None] * len(parameters)
+            if totals[0] is not None and totals[0].dtype == dy.dtype:
+                totals[0].addmm_(dy_2d.T, x_2d)
+            elif parameters[0].requires_grad:
+                gradients[0] = dy_2d.T @ x_2d
+            if len(parameters) > 1:
+                gradients[1] = dy_2d.sum(0)
+            return gradients
 
         if any(parameter.requires_grad for parameter in parameters):
             ctx.store.add(parameters, compute)

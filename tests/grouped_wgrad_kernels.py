@@ -12,13 +12,17 @@ import torch
 from tests.flash_attention_kernels import AheadOfTime
 from tests.test_grouped_mlp import resource_usage
 
-# By name: whether it accumulates, and what differs from the kernel's own configuration for that.
+FP32, BF16 = torch.float32, torch.bfloat16
+
+# By name: whether it accumulates, dw's dtype, and what differs from the kernel's own configuration.
 CONFIGS = {
-    "accumulate": (True, {}),
-    "accumulate, prefetch": (True, dict(prefetch=True)),
-    "accumulate, half buffered": (True, dict(stages=3, buffers=4)),
-    "accumulate, buffered": (True, dict(block_k=32, buffers=8)),
-    "bf16": (False, {}),
+    "accumulate": (True, FP32, {}),
+    "accumulate, prefetch": (True, FP32, dict(prefetch=True)),
+    "accumulate, half buffered": (True, FP32, dict(stages=3, buffers=4)),
+    "accumulate, buffered": (True, FP32, dict(block_k=32, buffers=8)),
+    "bf16": (False, BF16, {}),
+    "accumulate bf16": (True, BF16, {}),
+    "accumulate bf16, prefetch": (True, BF16, dict(prefetch=True)),
 }
 
 # (registers a thread, bytes of shared memory) of each, Triton 3.6. 168 registers are what a launch
@@ -29,29 +33,31 @@ RESOURCES = {
     "accumulate, half buffered": (168, 213552),
     "accumulate, buffered": (168, 230072),
     "bf16": (168, 213552),
+    "accumulate bf16": (168, 213552),
+    "accumulate bf16, prefetch": (168, 213568),
 }
 
 
 def configuration(name: str, module):
     """Of a name in CONFIGS, for the kernel's module or what the emulator makes of it."""
-    accumulate, changes = CONFIGS[name]
-    base = module.MAIN_GRAD if accumulate else module.BF16
-    return accumulate, replace(base, **changes)
+    accumulate, dtype, changes = CONFIGS[name]
+    base = module.MAIN_GRAD if dtype == FP32 else module.BF16
+    return accumulate, dtype, replace(base, **changes)
 
 
 def compile_launch(name: str, monkeypatch):
     """The compiled kernel of a configuration."""
     from dualpipe_ext.triton_kernels import grouped_wgrad_hopper as hopper
 
-    accumulate, config = configuration(name, hopper)
+    accumulate, dtype, config = configuration(name, hopper)
     ahead = AheadOfTime(hopper.grouped_wgrad_hopper_kernel)
     monkeypatch.setattr(hopper, "grouped_wgrad_hopper_kernel", ahead)
-    y, x = (torch.empty(256, width, dtype=torch.bfloat16) for width in (512, 256))
+    y, x = (torch.empty(256, width, dtype=BF16) for width in (512, 256))
     hopper.grouped_wgrad_hopper(
         y,
         x,
         torch.zeros(9, dtype=torch.int32),
-        torch.empty(8, 512, 256, dtype=torch.float32 if accumulate else y.dtype),
+        torch.empty(8, 512, 256, dtype=dtype),
         accumulate=accumulate,
         num_sms=132,
         config=config,

@@ -1,13 +1,13 @@
-"""dw[l] = y[rows of l].T @ x[rows of l] on Hopper, or += in fp32: every value of main_grad is read
-and written once, in L2.
+"""dw[l] = y[rows of l].T @ x[rows of l] on Hopper, or +=: every value of the gradient so far, bf16
+or an fp32 main_grad, is read and written once, in L2.
 
     loader     one warp: draws tiles, tells all others of them, loads y and x by TMA
     computing  two warpgroups of 64 x 256 results each, which share the wider operand
     carrier    one warp for each of them: takes its results from shared memory to dw
 
-When adding, the wide side of a tile is dw's rows. A thread of a product has results in pairs along
-the wide side: fp32 strips then meet no bank of shared memory twice, where 8 bytes a thread in
-swizzled rows of 128 do. Two-byte results are stored as they lie.
+For an fp32 dw the wide side of a tile is dw's rows. A thread of a product has results in pairs
+along the wide side: fp32 strips then meet no bank of shared memory twice, where 8 bytes a thread in
+swizzled rows of 128 do. Two-byte results are stored as they lie, or rounded and then added.
 
 At E64 T32768 H7168 I2048 the products of W13 take 2.6 ms at full speed, but 7.5 GB of main_grad
 have to be read and written, 3.5 ms of DRAM: docs/MEASURED.md.
@@ -49,7 +49,7 @@ class WgradConfig:
     stages    steps in flight, 0.75 block_k KiB each
     strip     of the 256 results along the wide side that a buffer holds: 64 x strip of them
     buffers   of each warpgroup; a warpgroup goes on when all its results are in buffers
-    prefetch  main_grad's old values into L2 as soon as a tile is known
+    prefetch  dw's old values into L2 as soon as a tile is known
     """
 
     block_k: int = 64
@@ -82,8 +82,9 @@ def load_operands(
 ):
     """The loading warp. Tiles count expert by expert; when accumulating, only experts with rows."""
     num_experts, num_a, num_b, rows = sizes
-    a_smem, b_smem, _strips, facts_smem = smem
+    a_smem, b_smem, strips, facts_smem = smem
     full, empty, facts_full, facts_empty = barriers
+    TURNED: gl.constexpr = strips.dtype == gl.float32
     BLOCK_K: gl.constexpr = a_desc.block_type.shape[0]
     NARROW: gl.constexpr = a_desc.block_type.shape[1]
     stage_bytes: gl.constexpr = 2 * a_desc.block_type.nbytes + b_desc.block_type.nbytes
@@ -127,7 +128,7 @@ def load_operands(
                 num_k = 1
             slot = count % FACT_SLOTS
             mbarrier.wait(facts_empty.index(slot), (count // FACT_SLOTS & 1) ^ 1)
-            if ACCUMULATE:
+            if TURNED:
                 send(facts_smem, slot, (num_k, expert, b, a), FACTS)
             else:
                 send(facts_smem, slot, (num_k, expert, a, b), FACTS)
@@ -153,9 +154,7 @@ def load_operands(
 
 
 @gluon.jit
-def leave_strips(
-    acc, strips, full, empty, count, FIRST: gl.constexpr, W: gl.constexpr, ACCUMULATE: gl.constexpr
-):
+def leave_strips(acc, strips, full, empty, count, FIRST: gl.constexpr, W: gl.constexpr):
     """Copies acc [64, columns] to its strips in shared memory, the first of which is FIRST."""
     BUFFERS: gl.constexpr = strips.shape[0] // 2
     STRIP: gl.constexpr = strips.shape[2] * strips.shape[3] // 64
@@ -163,15 +162,15 @@ def leave_strips(
     if columns > STRIP:
         left, right = split_columns(acc)
         middle: gl.constexpr = FIRST + columns // STRIP // 2
-        leave_strips(left, strips, full, empty, count, FIRST, W, ACCUMULATE)
-        leave_strips(right, strips, full, empty, count, middle, W, ACCUMULATE)
+        leave_strips(left, strips, full, empty, count, FIRST, W)
+        leave_strips(right, strips, full, empty, count, middle, W)
     else:
         layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STRIP, 16])
         slot: gl.constexpr = W * BUFFERS + FIRST % BUFFERS
         turns: gl.constexpr = WIDE // STRIP // BUFFERS
         turn: gl.constexpr = FIRST // BUFFERS
         buffer = matrix(strips, slot)
-        if ACCUMULATE:
+        if strips.dtype == gl.float32:
             buffer = buffer.permute((1, 0))
         mbarrier.wait(empty.index(slot), (count * turns + turn & 1) ^ 1)
         buffer.store(gl.convert_layout(acc, layout, assert_trivial=True).to(strips.dtype))
@@ -181,14 +180,7 @@ def leave_strips(
 
 
 @gluon.jit
-def compute_tiles(
-    smem,
-    barriers,
-    strip_barriers,
-    W: gl.constexpr,
-    ACCUMULATE: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def compute_tiles(smem, barriers, strip_barriers, W: gl.constexpr, STAGES: gl.constexpr):
     """Warpgroup W: its 64 of the narrow side, times 256."""
     a_smem, b_smem, strips, facts_smem = smem
     full, empty, facts_full, facts_empty = barriers
@@ -213,7 +205,7 @@ def compute_tiles(
             step += 1
         acc = warpgroup_mma_wait(0, (acc,))
         mbarrier.arrive(empty.index((step - 1) % STAGES))
-        leave_strips(acc, strips, strip_full, strip_empty, count, 0, W, ACCUMULATE)
+        leave_strips(acc, strips, strip_full, strip_empty, count, 0, W)
         mbarrier.arrive(facts_empty.index(count % FACT_SLOTS))
         count += 1
         slot = count % FACT_SLOTS
@@ -222,12 +214,15 @@ def compute_tiles(
 
 
 @gluon.jit
-def prefetch_tile(dw_ptr, expert, m, n, M, N):
-    """Asks for a warpgroup's 256 x 64 numbers of main_grad in L2."""
-    rows = gl.minimum(m + gl.arange(0, WIDE, gl.BlockedLayout([1], [32], [1], [0])), M - 1)
+def prefetch_tile(dw_ptr, expert, m, n, M, N, TURNED: gl.constexpr):
+    """Asks for a warpgroup's part of dw in L2."""
+    ROWS: gl.constexpr = WIDE if TURNED else 64
+    COLUMNS: gl.constexpr = 64 if TURNED else WIDE
+    SIZE: gl.constexpr = 4 if TURNED else 2
+    rows = gl.minimum(m + gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [1], [0])), M - 1)
     if n < N:
         first = dw_ptr + (gl.cast(expert, gl.int64) * M * N + n)
-        prefetch(first + rows.to(gl.int64) * N, rows * 0 + 4 * min(N - n, 64))
+        prefetch(first + rows.to(gl.int64) * N, rows * 0 + SIZE * min(N - n, COLUMNS))
 
 
 @gluon.jit
@@ -249,6 +244,7 @@ def carry_strips(
     full, empty = strip_barriers
     BUFFERS: gl.constexpr = strips.shape[0] // 2
     STRIP: gl.constexpr = strips.shape[2] * strips.shape[3] // 64
+    TURNED: gl.constexpr = strips.dtype == gl.float32
     turns: gl.constexpr = WIDE // STRIP // BUFFERS
 
     count = 0
@@ -259,22 +255,21 @@ def carry_strips(
         m = receive(facts_smem, slot, 2, FACTS, 1)
         n = receive(facts_smem, slot, 3, FACTS, 1)
         mbarrier.arrive(facts_empty.index(slot))
-        if ACCUMULATE:
+        if TURNED:
             n += W * 64
         else:
             m += W * 64
         if PREFETCH:
-            prefetch_tile(dw_ptr, expert, m, n, M, N)
+            prefetch_tile(dw_ptr, expert, m, n, M, N, TURNED)
         for turn in gl.static_range(turns):
             for b in gl.static_range(BUFFERS):
                 mbarrier.wait(full.index(W * BUFFERS + b), count * turns + turn & 1)
                 strip = (turn * BUFFERS + b) * STRIP
+                place = [expert, m + strip, n] if TURNED else [expert, m, n + strip]
                 if ACCUMULATE:
-                    async_reduce_add(dw_desc, [expert, m + strip, n], strips.index(W * BUFFERS + b))
+                    async_reduce_add(dw_desc, place, strips.index(W * BUFFERS + b))
                 else:
-                    tma.async_copy_shared_to_global(
-                        dw_desc, [expert, m, n + strip], strips.index(W * BUFFERS + b)
-                    )
+                    tma.async_copy_shared_to_global(dw_desc, place, strips.index(W * BUFFERS + b))
             for b in gl.static_range(BUFFERS):
                 tma.store_wait(BUFFERS - 1 - b)
                 mbarrier.arrive(empty.index(W * BUFFERS + b))
@@ -322,11 +317,11 @@ def grouped_wgrad_hopper_kernel(
         [
             (
                 compute_tiles,
-                (smem, barriers, strip_barriers, gl.constexpr(0), ACCUMULATE, STAGES),
+                (smem, barriers, strip_barriers, gl.constexpr(0), STAGES),
             ),
             (
                 compute_tiles,
-                (smem, barriers, strip_barriers, gl.constexpr(1), ACCUMULATE, STAGES),
+                (smem, barriers, strip_barriers, gl.constexpr(1), STAGES),
             ),
             (
                 load_operands,
@@ -363,15 +358,16 @@ def grouped_wgrad_hopper(
 
     y   [R, M], x [R, N] bf16 or fp16; rows that pad an expert must be zero in one and finite in the
         other
-    dw  [L, M, N] contiguous; fp32 with `accumulate`. An expert without rows gets zeros, or keeps
-        its values
+    dw  [L, M, N] contiguous, the dtype of y, or fp32 with `accumulate`. An expert without rows gets
+        zeros, or keeps its values
     """
     (R, M), N, L = y.shape, x.shape[1], dw.shape[0]
+    turned = dw.dtype == torch.float32
     if config is None:
         main_grad = MAIN_GRAD_FEW_ROWS if R // L < FEW_ROWS else MAIN_GRAD
-        config = main_grad if accumulate else BF16
-    a, b = (x, y) if accumulate else (y, x)
-    strip = [1, config.strip, 64] if accumulate else [1, 64, config.strip]
+        config = main_grad if turned else BF16
+    a, b = (x, y) if turned else (y, x)
+    strip = [1, config.strip, 64] if turned else [1, 64, config.strip]
     num_a = ceil_div(a.shape[1], 128)
     num_b = ceil_div(b.shape[1], 256)
     grouped_wgrad_hopper_kernel[(max(1, min(num_sms, L * num_a * num_b)),)](

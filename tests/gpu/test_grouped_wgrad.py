@@ -32,37 +32,48 @@ def run(problem, dw, accumulate=True, num_sms=132, config=None):
     return grouped_wgrad(*problem, dw, accumulate=accumulate, num_sms=num_sms, config=config)
 
 
-def check(problem, counts, num_sms, accumulate=True, config=None):
+def check(problem, counts, num_sms, accumulate=True, dtype=torch.float32, config=None):
     """One launch against fp64; experts without rows keep their values, or get zeros."""
     want = expected(*problem)
     if accumulate:
-        dw = torch.randn(want.shape, device="cuda")
+        dw = torch.randn(want.shape, device="cuda").to(dtype)
         before = dw.clone()
         want = want + before
     else:
-        dw = torch.full(want.shape, NAN, dtype=problem[0].dtype, device="cuda")
+        dw = torch.full(want.shape, NAN, dtype=dtype, device="cuda")
         before = torch.zeros_like(dw)
     run(problem, dw, accumulate, num_sms, config)
     error = relative_error(dw, want)
-    assert error < (FP32 if accumulate else 5e-3), error
+    assert error < (FP32 if dtype == torch.float32 else 5e-3), error
     for expert, count in enumerate(counts):
         if count == 0:
             assert torch.equal(dw[expert], before[expert])
 
 
-@pytest.mark.parametrize("config", ["accumulate", "accumulate, prefetch", "bf16"])
+ALL = ["accumulate", "accumulate, prefetch", "bf16", "accumulate bf16", "accumulate bf16, prefetch"]
+
+
+@pytest.mark.parametrize("config", ALL)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_fp64(case, config):
     *sizes, num_sms = CASES[case]
-    accumulate, config = configured(config)
-    check(make_problem(*sizes, device="cuda"), sizes[0], num_sms, accumulate, config)
+    check(make_problem(*sizes, device="cuda"), sizes[0], num_sms, *configured(config))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adding_is_what_a_second_pass_does(dtype):
+    """Bit for bit: the product is rounded, added in fp32, and the sum rounded."""
+    counts = (256, 0, 1280, 128)
+    problem = make_problem(counts, 1000, 520, 64, dtype, "cuda")
+    before = torch.randn(4, 1000, 520, device="cuda").to(dtype) * 30
+    product = run(problem, torch.empty_like(before), accumulate=False)
+    assert torch.equal(run(problem, before.clone()), before + product)
 
 
 @pytest.mark.parametrize("config", ["accumulate, half buffered", "accumulate, buffered"])
 def test_other_configurations_equal_fp64(config):
-    accumulate, config = configured(config)
     counts = (256, 0, 1024, 128)
-    check(make_problem(counts, 1000, 520, 128, device="cuda"), counts, 99, accumulate, config)
+    check(make_problem(counts, 1000, 520, 128, device="cuda"), counts, 99, *configured(config))
 
 
 def test_random_problems():
