@@ -59,6 +59,7 @@ def make_setup(args: argparse.Namespace, rank: int, world_size: int) -> Setup:
         topk=args.topk,
         max_tokens=args.tokens,
         backend="nvlink",
+        form="expert",  # what comm_sms SMs can do by themselves
     )
     local = exchange.num_local_experts
     score = torch.rand(args.tokens, args.experts, device="cuda", generator=generator)

@@ -44,8 +44,9 @@ class Exchange:
         device: where the tokens are; default the current CUDA device, else the CPU.
         form: who brings rows into expert order and sums a token's rows before the way home.
             "expert": the communication SMs. "unique": compute kernels on ``num_sms`` SMs, behind
-            and before a transfer of unique rows, which takes fewer SMs; it can send fp8. None:
-            "expert", or "unique" if ``comm_sms`` is 0. Results are the same.
+            and before a transfer of unique rows, which takes fewer SMs and can send fp8, and twice
+            the peer memory. None: "unique" for ``comm_sms`` up to 16 or an eighth of the GPU's,
+            where whole layers are faster so, else "expert". Results are the same.
         max_rows: the most rows in expert order that may come to a rank, a multiple of 128. Then
             dispatch always gives this many and no call waits for the device, so that all can be
             captured in a CUDA graph; rows past the plan's R are undefined (NVLink) or zero. What
@@ -88,7 +89,7 @@ class Exchange:
         self.device = _resolve_device(device)
         self.hidden, self.num_experts, self.topk = hidden, num_experts, topk
         self.max_tokens, self.dtype, self.timeout = max_tokens, dtype, timeout
-        self.form, self.max_rows = form or ("expert" if comm_sms else "unique"), max_rows
+        self.form, self.max_rows = form or _faster_form(comm_sms), max_rows
         self._backend, self._comm_sms = None, 0
         options = ExchangeOptions(
             hidden=hidden,
@@ -445,6 +446,13 @@ def process_group(group) -> dist.ProcessGroup | None:
             )
         return group.get_group()
     raise TypeError(f"group is a {type(group).__name__}: pass a ProcessGroup, a DeviceMesh or None")
+
+
+def _faster_form(comm_sms: int | float) -> str:
+    """Of forward and backward of a layer, by docs/MEASURED.md."""
+    most = 0.125 if isinstance(comm_sms, float) else 16
+    few = isinstance(comm_sms, (int, float)) and comm_sms <= most
+    return "unique" if few else "expert"
 
 
 def _resolve_device(device: torch.device | str | None) -> torch.device:

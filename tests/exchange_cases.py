@@ -281,7 +281,7 @@ def check_bad_arguments(rank: int, group: dist.ProcessGroup | None, backend: str
             raise AssertionError(f"accepted: {args} {kwargs}")
 
     world_size = 1 if group is None else dist.get_world_size(group)
-    good = dict(hidden=64, num_experts=8, topk=2, max_tokens=16, backend=backend)
+    good = dict(hidden=64, num_experts=8, topk=2, max_tokens=16, backend=backend, form="expert")
     for bad in (
         dict(hidden=70),
         dict(hidden=0),

@@ -273,3 +273,15 @@ def test_constants_by_position_are_left_to_triton(fake):
     for size in (32, 64, 32):
         launches_twice(fake, *pair, (3,), x, x, 2.0, 17, 5, size, ADD=True)
     assert not pair[1].run._found
+
+
+def test_in_pairs(fake):
+    """Launches that are looked up are clusters of two where the programs are even in number."""
+    kernel = cache_launches(triton.jit(copy_kernel), in_pairs=True)
+    x = torch.zeros(64)
+    for grid in ((6,), (6,), (7,), (6, 1)):
+        kernel[grid](x, x, 2.0, 17, 5, SIZE=32, ADD=True)
+    warps, _, shared = fake.launches[0][2][5]
+    launched = [(given[:3], given[5][1]) for _, _, given in fake.launches]
+    assert launched == [((6, 1, 1), 1), ((3, 1, 1), 2), ((7, 1, 1), 1), ((6, 1, 1), 1)]
+    assert all(given[5][::2] == (warps, shared) for _, _, given in fake.launches)

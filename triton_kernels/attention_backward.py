@@ -272,7 +272,7 @@ def compute_gradients(
     tma.store_wait(0)
 
 
-@cache_launches
+@cache_launches(in_pairs=True)
 @gluon.jit(
     do_not_specialize=INTEGERS,
     do_not_specialize_on_alignment=["starts_q_table", "starts_k_table"],

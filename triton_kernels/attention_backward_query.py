@@ -280,7 +280,7 @@ def compute_tiles(
         mbarrier.wait(q_full.index(0), tile_count & 1)
 
 
-@cache_launches
+@cache_launches(in_pairs=True)
 @gluon.jit(
     do_not_specialize=INTEGERS,
     do_not_specialize_on_alignment=["starts_q_table", "starts_k_table"],

@@ -336,7 +336,7 @@ def compute_tiles(
         mbarrier.wait(q_full.index(q_slot), q_count // Q_STAGES & 1)
 
 
-@cache_launches
+@cache_launches(in_pairs=True)
 @gluon.jit(
     do_not_specialize=INTEGERS,
     do_not_specialize_on_alignment=["starts_q_table", "starts_k_table"],

@@ -250,7 +250,7 @@ def multiply_tiles(
     tma.store_wait(0)
 
 
-@cache_launches
+@cache_launches(in_pairs=True)
 @gluon.jit(
     do_not_specialize=[
         "num_experts",

@@ -281,7 +281,7 @@ def allocate_pipeline(rows_desc, weight_desc, STAGES: gl.constexpr):
     return rows_smem, weight_smem, d_smem, facts_smem, barriers
 
 
-@cache_launches
+@cache_launches(in_pairs=True)
 @gluon.jit(
     do_not_specialize=["num_experts", "N", "K"],
     do_not_specialize_on_alignment=["offsets_ptr", "counter_ptr"],

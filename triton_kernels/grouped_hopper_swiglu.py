@@ -308,7 +308,7 @@ def multiply_and_finish(
         finish(tensors, sizes, place, d_smem, barriers, W, W + 1, BACKWARD, SAVE, 4)
 
 
-@cache_launches
+@cache_launches(in_pairs=True)
 @gluon.jit(
     do_not_specialize=["num_experts", "K", "eighth", "R"],
     do_not_specialize_on_alignment=["row_weight_ptr", "offsets_ptr", "counter_ptr"],
@@ -359,7 +359,7 @@ def swiglu_backward_hopper_kernel(
     )  # fmt: skip
 
 
-@cache_launches
+@cache_launches(in_pairs=True)
 @gluon.jit(
     do_not_specialize=["num_experts", "K", "eighth"],
     do_not_specialize_on_alignment=["row_weight_ptr", "offsets_ptr", "counter_ptr"],

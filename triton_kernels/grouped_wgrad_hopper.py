@@ -277,7 +277,7 @@ def carry_strips(
         mbarrier.wait(facts_full.index(count % FACT_SLOTS), count // FACT_SLOTS & 1)
 
 
-@cache_launches
+@cache_launches(in_pairs=True)
 @gluon.jit(
     do_not_specialize=["num_experts", "num_a", "num_b", "rows", "M", "N"],
     do_not_specialize_on_alignment=["offsets_table"],

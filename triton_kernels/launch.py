@@ -5,6 +5,7 @@ transformer block forward and backward has about thirty. What follows looks the 
 by a key that differs wherever Triton's does.
 """
 
+import functools
 import inspect
 
 import torch
@@ -27,22 +28,29 @@ ONES = {1: (1, 1), 2: (1,), 3: ()}
 INT32, INT64 = range(-(2**31), 2**31), range(-(2**63), 2**63)
 
 
-def cache_launches(kernel):
+def cache_launches(kernel=None, *, in_pairs=False):
     """Decorates a kernel whose launches pass constants, and nothing else, by keyword.
 
     `kernel[grid](...)` stays as it is, for a grid of numbers. A change of Triton's debug mode or of
     a global constant after the first launch goes unnoticed; launch hooks are served, by Triton's
     own way.
+
+    `in_pairs`: from the second launch on, an even number of programs are clusters of two, which
+    share nothing. A cluster needs SMs of one GPC, and a kernel of 124 single programs may leave one
+    free in each of eight GPCs: communication launched in pairs then waits for its end.
     """
+    if kernel is None:
+        return functools.partial(cache_launches, in_pairs=in_pairs)
     if isinstance(kernel, JITFunction) and triton.__version__.startswith(VERSIONS):
-        kernel.run = _CachedLaunches(kernel)
+        kernel.run = _CachedLaunches(kernel, in_pairs)
     return kernel
 
 
 class _CachedLaunches:
     """In place of `JITFunction.run`."""
 
-    def __init__(self, kernel: JITFunction) -> None:
+    def __init__(self, kernel: JITFunction, in_pairs: bool) -> None:
+        self._in_pairs = in_pairs
         self._parameters, self._hooks = kernel.params, kernel.pre_run_hooks
         self._run = kernel.run
         self._found: dict[tuple, tuple] = {}
@@ -63,6 +71,9 @@ class _CachedLaunches:
         stream = active.get_current_stream(device)
         values = [constants.get(name, default) for name, default in rest]
         function, metadata = compiled.function, compiled.packed_metadata
+        if self._in_pairs and len(grid) == 1 and grid[0] % 2 == 0:
+            warps, _, shared = metadata
+            grid, metadata = (grid[0] // 2,), (warps, 2, shared)
         run(*grid, *ONES[len(grid)], stream, function, metadata, None, None, None, *args, *values)
         return compiled
 

@@ -62,9 +62,9 @@ class Case:
 
 
 CASES = {
-    "softmax": Case(tokens=(512, 512, 512, 512)),
+    "softmax": Case(tokens=(512, 512, 512, 512), form="expert"),
     "uneven, none on rank 1": Case(tokens=(700, 0, 1000, 1), shared_expert_hidden=256, comm_sms=7),
-    "sigmoid, groups": Case(tokens=(333, 512, 64, 1000), kind="sigmoid"),
+    "sigmoid, groups": Case(tokens=(333, 512, 64, 1000), kind="sigmoid", comm_sms=24),
     "top-1, hidden 136": Case(tokens=(300, 300, 5, 300), hidden=136, topk=1),
     "unique rows": Case(tokens=(333, 512, 0, 1000), form="unique", comm_sms=8),
     "copy engines": Case(tokens=(333, 512, 0, 1000), comm_sms=0),

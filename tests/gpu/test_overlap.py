@@ -128,9 +128,9 @@ def check_graph(rank, group, options):
 
 
 GRAPHS = [
+    {"max_rows": 16384, "form": "expert"},
     {"max_rows": 16384},
-    {"max_rows": 16384, "form": "unique"},
-    {"max_rows": 16384, "form": "unique", "comm_sms": 0},
+    {"max_rows": 16384, "comm_sms": 0},
 ]
 
 
@@ -157,6 +157,6 @@ def test_pairs_on_two_gpus(gpu_workers_2):
 
 
 @pytest.mark.gpu_4
-@pytest.mark.parametrize("options", [{}, {"form": "unique"}, {"max_rows": 16384}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"form": "expert"}, {"max_rows": 16384}], ids=str)
 def test_pairs_on_four_gpus(options, gpu_workers_4):
     gpu_workers_4.run(check_pairs, options, timeout=300)
