@@ -77,7 +77,7 @@ class WeightGradients:
             added = [
                 parameter
                 for parameter, total, gradient in zip(parameters, totals, gradients, strict=True)
-                if total is not None and gradient is None
+                if total is not None and gradient is None and total is parameter.grad
             ]
             if added:
                 _run_hooks(added)
@@ -85,11 +85,12 @@ class WeightGradients:
 
 def _total(parameter: nn.Parameter) -> Tensor | None:
     """A parameter's gradient so far, for sums in place; None where somebody may look on."""
-    total = parameter.grad
+    main_grad = getattr(parameter, "main_grad", None)
+    total = parameter.grad if main_grad is None else main_grad
     if type(total) is not Tensor or total.requires_grad or not total.is_contiguous():
         return None  # nothing yet, a DTensor, part of a graph
-    seen = parameter._backward_hooks or not parameter.requires_grad  # hooks get each gradient alone
-    return None if seen or hasattr(parameter, "main_grad") else total
+    seen = main_grad is None and parameter._backward_hooks  # hooks get each gradient alone
+    return None if seen or not parameter.requires_grad else total
 
 
 def _run_hooks(parameters: Sequence[nn.Parameter]) -> None:
@@ -104,8 +105,8 @@ def _run_hooks(parameters: Sequence[nn.Parameter]) -> None:
 
 @cache
 def _autograd_runs_them() -> bool:
-    """Whether this torch runs `register_post_accumulate_grad_hook`'s where no gradient came: 2.13
-    does, before it was not so."""
+    """Whether this torch runs `register_post_accumulate_grad_hook`'s where no gradient came: 2.11
+    and 2.13 do, other versions may return before."""
     ran = []
     parameter = nn.Parameter(torch.zeros(()))
     parameter.register_post_accumulate_grad_hook(ran.append)
@@ -191,9 +192,8 @@ class _DelayedLinear(torch.autograd.Function):
         def compute(totals):
             dy_2d, x_2d = dy.flatten(0, -2), x.flatten(0, -2)
             gradients = [None] * len(parameters)
-            if totals[0] is not None and totals[0].dtype == dy.dtype:
-                totals[0].addmm_(dy_2d.T, x_2d)
-            elif parameters[0].requires_grad:
+            added = totals[0] is not None and _add_product(totals[0], dy_2d.T, x_2d)
+            if parameters[0].requires_grad and not added:
                 gradients[0] = dy_2d.T @ x_2d
             if len(parameters) > 1:
                 gradients[1] = dy_2d.sum(0)
@@ -202,6 +202,18 @@ class _DelayedLinear(torch.autograd.Function):
         if any(parameter.requires_grad for parameter in parameters):
             ctx.store.add(parameters, compute)
         return dy @ parameters[0].to(dy.dtype), None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> bool:
+    """total += a @ b within the GEMM; False where there is none that can."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+        return True
+    wide = a.is_cuda and total.dtype == torch.float32 and a.dtype != torch.float64
+    if wide and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(total, a, b, torch.float32, out=total)
+        return True
+    return False
 
 
 class DelayedLinear(nn.Linear):
