@@ -223,7 +223,7 @@ struct CopyArgs {
   bool combine;               // this is a combine, else a dispatch
   bool weights, fp8;          // what travels
   const int64_t* rows;        // [P] how many for each rank; on the host, as the rest
-  void* const* copy_streams;  // [P] one for each rank
+  void* const* copy_streams;  // [2] to peers, and for what stays here
   void* const* events;        // [P + 1] of ours, to order the streams
   void* stream;
 };

@@ -224,7 +224,7 @@ class NvlinkUniqueBackend(NvlinkBackend):
         boxes = {name: view.view(ranks, tokens, -1) for name, view in boxes.items()}
         boxes["inbox_scale"] = boxes["inbox_scale"][:, :, : -(-self.hidden // 128)]
         boxes["held"], boxes["released"] = False, (None, None)
-        boxes["streams"] = [torch.cuda.Stream(self.device) for _ in range(ranks)]
+        boxes["streams"] = [torch.cuda.Stream(self.device) for _ in range(2)]  # peers, itself
         boxes["events"] = [torch.cuda.Event() for _ in range(ranks + 1)]
         for event in boxes["events"]:
             event.record()  # torch makes them at their first use
