@@ -13,7 +13,7 @@ At E64 T32768 H7168 I2048 the products of W13 take 2.6 ms at full speed, but 7.5
 have to be read and written, 3.5 ms of DRAM: docs/MEASURED.md.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from triton.experimental import gluon
@@ -61,11 +61,10 @@ class WgradConfig:
 
 # Shared memory in KiB: 0.75 stages block_k, and strip · buffers / 2 for fp32, half that for bf16.
 MAIN_GRAD = WgradConfig()  # 192 + 32
-# With few rows an expert, DRAM bounds the time and old values better come early: 10 % at 512 rows.
-# At 2048 they drive operands out of L2: 5 to 8 % lost.
-MAIN_GRAD_FEW_ROWS = WgradConfig(prefetch=True)
-FEW_ROWS = 1024
 BF16 = WgradConfig(stages=3, strip=64, buffers=4)  # 144 + 64: all results
+# With few rows an expert, DRAM bounds a sum's time and old values better come early: 10 to 20 % at
+# 512 rows. At 2048 they drive operands out of L2: 5 to 8 % lost in fp32, 2 % in bf16.
+FEW_ROWS = 1024
 
 
 @gluon.jit
@@ -364,8 +363,9 @@ def grouped_wgrad_hopper(
     (R, M), N, L = y.shape, x.shape[1], dw.shape[0]
     turned = dw.dtype == torch.float32
     if config is None:
-        main_grad = MAIN_GRAD_FEW_ROWS if R // L < FEW_ROWS else MAIN_GRAD
-        config = main_grad if turned else BF16
+        config = MAIN_GRAD if turned else BF16
+        if accumulate and R // L < FEW_ROWS:
+            config = replace(config, prefetch=True)
     a, b = (x, y) if turned else (y, x)
     strip = [1, config.strip, 64] if turned else [1, 64, config.strip]
     num_a = ceil_div(a.shape[1], 128)
