@@ -315,6 +315,10 @@ def _hopper() -> ModuleType:
 _numbers = itertools.count()
 
 
+def _as_it_is(kernel=None, **options):
+    return _as_it_is if kernel is None else kernel
+
+
 def emulate(folder: Path, *names: str) -> list[ModuleType]:
     """The files `names`.py of a folder as modules that run on the CPU, sharing their imports."""
     triton, experimental = ModuleType("triton"), ModuleType("triton.experimental")
@@ -340,7 +344,7 @@ def emulate(folder: Path, *names: str) -> list[ModuleType]:
     fakes[f"{package.__name__}.tma_reduce"] = reduce = ModuleType("tma_reduce")
     reduce.async_reduce_add = async_reduce_add
     fakes[f"{package.__name__}.launch"] = launch = ModuleType("launch")
-    launch.cache_launches = lambda kernel: kernel
+    launch.cache_launches = _as_it_is
     before = {name: sys.modules.get(name) for name in fakes}
     sys.modules.update(fakes | {package.__name__: package})
     try:
