@@ -1,4 +1,4 @@
-"""Times router, norm, rotary embedding and cross-entropy beside a copy on one GPU.
+"""Times router, norm, rotary embedding, SwiGLU and cross-entropy beside a copy on one GPU.
 
     python3 bench/block_ops.py [--json FILE] [--num-sms N] [--tokens T] [--hidden H] [--sweep]
 
@@ -31,6 +31,7 @@ from dualpipe_ext.triton_kernels import (
     rotary,
     router_backward_hopper,
     router_hopper,
+    swiglu,
 )
 
 ops = torch.ops.dualpipe_ext
@@ -91,6 +92,16 @@ def rotaries(inputs: Inputs, num_sms: int) -> dict[str, Timed]:
             lambda i, how=how: ops.rotary_(heads[i], cos, sin, *how), moved
         )
     return timed
+
+
+def activations(inputs: Inputs, num_sms: int) -> dict[str, Timed]:
+    gate_up, dy = inputs.draw(inputs.T, 2 * inputs.H), inputs.dy
+    return {
+        "swiglu": Timed(lambda i: ops.swiglu(gate_up[i], num_sms), 3 * inputs.row),
+        "swiglu_backward": Timed(
+            lambda i: ops.swiglu_backward(dy[i], gate_up[i], num_sms), 5 * inputs.row
+        ),
+    }
 
 
 def losses(inputs: Inputs, num_sms: int) -> dict[str, Timed]:
@@ -160,7 +171,8 @@ def routers(inputs: Inputs, num_sms: int) -> dict[str, Timed]:
     return timed
 
 
-KINDS = {"norm": norms, "rotary": rotaries, "cross_entropy": losses, "router": routers}
+KINDS = {"norm": norms, "rotary": rotaries, "swiglu": activations}
+KINDS |= {"cross_entropy": losses, "router": routers}
 
 
 def measure(timed: dict[str, Timed], copy: Timed, rounds: int) -> list[dict]:
@@ -198,6 +210,12 @@ def changes() -> dict[str, list[tuple[object, dict]]]:
             (rotary, dict(VECTORS=4)),
             (rotary, dict(VECTORS=4, WARPS=16)),
         ],
+        "swiglu": [
+            (swiglu, dict(STAGES=1)),
+            (swiglu, dict(STAGES=3)),
+            (swiglu, dict(COLUMNS=(256,))),
+            (swiglu, dict(WARPS=16, TILE=8 * 1024)),
+        ],
         "cross_entropy": [
             (cross_entropy, dict(LANES=1024, VECTORS=4)),
             (cross_entropy, dict(ROW=0)),
@@ -206,8 +224,8 @@ def changes() -> dict[str, list[tuple[object, dict]]]:
         ],
         "router": [
             (there, {64: replace(forward, stages=3)}),
-            (there, {64: replace(forward, weight_stages=2)}),
-            (there, {64: replace(forward, stages=5, weight_stages=2)}),
+            (there, {64: replace(forward, early=False)}),
+            (there, {128: replace(there[128], stages=2)}),
             (back, {64: replace(backward, stages=3)}),
             (back, {64: replace(backward, stages=5)}),
             (back, {64: replace(backward, dx_stages=1)}),

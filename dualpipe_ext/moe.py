@@ -12,15 +12,16 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from .block_ops import swiglu
 from .exchange import Exchange
 from .experts import PlacedExperts, check_multiples_of_8
 from .grouped_mlp import _is_fp8, grouped_mlp
 from .operators import autocast_off
 from .router import Router
+from .weight_gradients import linear
 
 __all__ = ["MoELayer", "SharedExpert"]
 
@@ -401,8 +402,18 @@ class SharedExpert(nn.Module):
         self.w2.normal_(0.0, std, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.w13.to(x.dtype)).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.w2.to(x.dtype))
+        return _linear(swiglu(_linear(x, self.w13)), self.w2)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`linear` in the dtype of `x`, whose weight may be the fp32 one that autocast leaves as it is.
+
+    That one goes in as a parameter, whose gradient can wait, and autocast's rules cast it.
+    """
+    if weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(x.device.type, x.dtype, cache_enabled=False):
+            return linear(x, weight)
+    return linear(x, weight.to(x.dtype))
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:

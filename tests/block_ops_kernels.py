@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -27,6 +28,10 @@ RESOURCES = {
     "add_parts": (40, 0, 4096),
     "rotary": (42, 0, 0),
     "rotary, interleaved, 5 heads": (46, 0, 0),
+    "swiglu": (32, 0, 98304),
+    "swiglu, D 40, fp32": (32, 0, 98304),
+    "swiglu_backward": (45, 0, 147456),
+    "swiglu_backward, fp32": (32, 0, 147456),
     "cross_entropy, in place": (128, 0, 196672),
     "cross_entropy": (113, 0, 196672),
     "cross_entropy, in place, V 129280": (128, 0, 64),
@@ -38,13 +43,17 @@ RESOURCES = {
     "route, E 128, fp32": (239, 0, 114744),
     "route, DeepSeek-V3": (251, 0, 147504),
     "route, E 512, K 32, fp32": (239, 0, 114744),
-    "route, Hopper, E 15": (128, 0, 155924),
-    "route, Hopper, E 64": (128, 8, 180500),
-    "route, Hopper, E 128": (128, 248, 196860),
-    "route, Hopper, E 256": (128, 160, 196860),
-    "choose": (124, 0, 4096),
-    "choose, DeepSeek-V3": (110, 0, 8192),
-    "d_logits": (197, 0, 8192),
+    "route, Hopper, E 15": (168, 0, 196792),
+    "route, Hopper, E 64": (168, 0, 196792),
+    "route, Hopper, E 128": (168, 0, 196784),
+    "route, Hopper, E 256": (168, 0, 196784),
+    "split_weight": (34, 0, 0),
+    "choose": (64, 0, 8192),
+    "choose, E 128": (64, 16, 16384),
+    "choose, DeepSeek-V3": (64, 16, 32768),
+    "d_logits": (112, 0, 0),
+    "d_logits, rounded": (75, 0, 0),
+    "d_logits, rounded, DeepSeek-V3": (113, 0, 0),
     "route_backward, E 64": (166, 0, 180256),
     "route_backward, E 128": (168, 0, 213008),
     "route_backward, E 256": (255, 416, 148480),
@@ -52,10 +61,10 @@ RESOURCES = {
     "route_backward, E 64, fp32": (150, 0, 131120),
     "route_backward, E 256, fp32": (241, 0, 115200),
     "route_backward, E 512, fp32": (255, 136, 106752),
-    "route_backward, Hopper, E 15": (128, 0, 164324),
-    "route_backward, Hopper, E 64": (128, 0, 164324),
-    "route_backward, Hopper, E 128": (128, 8, 197036),
-    "route_backward, Hopper, E 256": (128, 304, 213384),
+    "route_backward, Hopper, E 15": (128, 0, 205288),
+    "route_backward, Hopper, E 64": (128, 0, 205288),
+    "route_backward, Hopper, E 128": (128, 0, 213448),
+    "route_backward, Hopper, E 256": (128, 56, 229800),
 }
 
 TYPES = {
@@ -76,7 +85,7 @@ class AheadOfTime:
     def __getitem__(self, grid):
         return self
 
-    def __call__(self, *arguments, num_warps, num_stages=3, **constants):
+    def __call__(self, *arguments, num_warps, num_stages=3, launch_pdl=False, **constants):
         from triton import compile
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -105,7 +114,7 @@ class AheadOfTime:
         source = GluonASTSource if self.kernel.is_gluon() else ASTSource
         source = source(self.kernel, signature, constants, attributes)
         target = GPUTarget("cuda", 90, 32)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}
         self.compiled = compile(source, target=target, options=options)
 
 
@@ -130,6 +139,19 @@ def _rotary(heads=32, D=128, interleaved=False, positions=False):
     x, table = torch.empty(2, 64, heads, D, dtype=BF16), torch.empty(64, D // 2)
     places = torch.zeros(2, 64, dtype=torch.int64) if positions else None
     rotary(x, x, table, table, places, interleaved=interleaved, inverse=False, num_sms=132)
+
+
+def _swiglu(D=7168, dtype=BF16):
+    from dualpipe_ext.triton_kernels.swiglu import swiglu
+
+    swiglu(torch.empty(64, 2 * D, dtype=dtype), torch.empty(64, D, dtype=dtype), num_sms=132)
+
+
+def _swiglu_backward(D=7168, dtype=BF16):
+    from dualpipe_ext.triton_kernels.swiglu import swiglu_backward
+
+    dy, gate_up = torch.empty(64, D, dtype=dtype), torch.empty(64, 2 * D, dtype=dtype)
+    swiglu_backward(dy, gate_up, gate_up, num_sms=132)
 
 
 def _loss(V=32768, gradient=True):
@@ -174,8 +196,8 @@ def _logits_hopper(E=64):
 def _gradients_hopper(E=64):
     from dualpipe_ext.triton_kernels.router_backward_hopper import gradients_hopper
 
-    d_logits = torch.empty(2, 128, E + -E % 8, dtype=BF16)
-    x, weight = torch.empty(128, 128, dtype=BF16), torch.empty(E, 128)
+    d_logits = torch.empty(128, E + -E % 8, dtype=BF16)
+    x, weight = torch.empty(128, 128, dtype=BF16), torch.empty(E, 128, dtype=BF16)
     gradients_hopper(d_logits, x, weight, num_sms=132)
 
 
@@ -187,14 +209,15 @@ def _choose(E=64, K=8, groups=1, keep=1, sigmoid=False):
     choose(torch.empty(4, 8192, E), bias, num_experts=E, num_sms=132, **how)
 
 
-def _route_backward(E=64, K=8, sigmoid=False, dtype=BF16):
+def _route_backward(E=64, K=8, sigmoid=False, dtype=BF16, hopper=False):
     from dualpipe_ext.triton_kernels.router_backward import route_backward
 
     T, H = 128, 128
     x, weight, logits = torch.empty(T, H, dtype=dtype), torch.empty(E, H), torch.empty(T, E)
     idx = torch.zeros(T, K, dtype=torch.int32)
-    how = dict(softmax=not sigmoid, renormalize=True, route_scale=2.5, num_sms=132)
-    route_backward(torch.empty(T, K), torch.empty(E), x, weight, logits, idx, **how)
+    how = dict(softmax=not sigmoid, renormalize=True, route_scale=2.5, num_sms=132, hopper=hopper)
+    with mock.patch("dualpipe_ext.triton_kernels.router_backward_hopper.gradients_hopper"):
+        route_backward(torch.empty(T, K), torch.empty(E), x, weight, logits, idx, **how)
 
 
 DEEPSEEK = dict(E=256, groups=8, keep=4, sigmoid=True)
@@ -218,6 +241,15 @@ LAUNCHES = {
         _rotary,
         dict(heads=5, D=192, interleaved=True, positions=True),
     ),
+    "swiglu": ("swiglu", "swiglu_kernel", _swiglu, {}),
+    "swiglu, D 40, fp32": ("swiglu", "swiglu_kernel", _swiglu, dict(D=40, dtype=FP32)),
+    "swiglu_backward": ("swiglu", "swiglu_backward_kernel", _swiglu_backward, {}),
+    "swiglu_backward, fp32": (
+        "swiglu",
+        "swiglu_backward_kernel",
+        _swiglu_backward,
+        dict(dtype=FP32),
+    ),
     "cross_entropy, in place": ("cross_entropy", "row_loss_kernel", _loss, {}),
     "cross_entropy": ("cross_entropy", "row_loss_kernel", _loss, dict(gradient=False)),
     "cross_entropy, in place, V 129280": (
@@ -239,9 +271,23 @@ LAUNCHES = {
     "route, E 128, fp32": ("router", "route_kernel", _route, dict(E=128, dtype=FP32)),
     "route, DeepSeek-V3": ("router", "route_kernel", _route, DEEPSEEK),
     "route, E 512, K 32, fp32": ("router", "route_kernel", _route, dict(E=512, K=32, dtype=FP32)),
+    "split_weight": ("router_hopper", "split_weight_kernel", _logits_hopper, {}),
     "choose": ("router_choice", "choose_kernel", _choose, {}),
+    "choose, E 128": ("router_choice", "choose_kernel", _choose, dict(E=128)),
     "choose, DeepSeek-V3": ("router_choice", "choose_kernel", _choose, DEEPSEEK),
     "d_logits": ("router_backward", "d_logits_kernel", _route_backward, dict(E=256)),
+    "d_logits, rounded": (
+        "router_backward",
+        "d_logits_kernel",
+        _route_backward,
+        dict(hopper=True),
+    ),
+    "d_logits, rounded, DeepSeek-V3": (
+        "router_backward",
+        "d_logits_kernel",
+        _route_backward,
+        dict(E=256, sigmoid=True, hopper=True),
+    ),
 } | {
     f"route_backward, E {E}" + (", fp32" if dtype == FP32 else ""): (
         "router_backward",

@@ -38,15 +38,17 @@ RESOURCES = {
     "router.route_kernel": (171, 0, 114728),
     "router_backward.d_logits_kernel": (114, 0, 8192),
     "router_backward.route_backward_kernel": (255, 96, 229552),
-    "router_choice.choose_kernel": (118, 0, 4096),
+    "swiglu.swiglu_backward_kernel": (35, 0, 147456),
+    "swiglu.swiglu_kernel": (32, 0, 98304),
 }
 
 FEW = {"rms_norm_kernel": "rms_norm", "rms_norm_backward_kernel": "rms_norm_backward"}
 FEW |= {"row_loss_kernel": "cross_entropy", "long_row_loss_kernel": "cross_entropy, V 129280"}
 FEW |= {"gradient_kernel": "cross_entropy_gradient", "add_parts_kernel": "add_parts"}
 FEW |= {"scale_rows_kernel": "scale_rows", "rotary_kernel": "rotary", "route_kernel": "route"}
-FEW |= {"choose_kernel": "choose", "d_logits_kernel": "d_logits"}
+FEW |= {"d_logits_kernel": "d_logits"}
 FEW |= {"route_backward_kernel": "route_backward, E 64"}
+FEW |= {"swiglu_kernel": "swiglu", "swiglu_backward_kernel": "swiglu_backward"}
 FP8 = {"quantize_rows_kernel": "rows", "quantize_weights_kernel": "weights"}
 FP8 |= {"swiglu_kernel": "swiglu", "swiglu_backward_kernel": "swiglu backward"}
 GROUPED = {"grouped_gemm_kernel": "down", "gate_up_kernel": "gate_up"}

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpipe_ext.block_ops import rms_norm, rotary, rotary_, rotary_tables
+from dualpipe_ext.block_ops import rms_norm, rotary, rotary_, rotary_tables, swiglu
 from dualpipe_ext.cross_entropy import cross_entropy
 from dualpipe_ext.fused_router import route
 from tests import block_ops_cases as cases
@@ -51,6 +51,12 @@ def test_rotary(B, S, N, pairs, dtype, interleaved, packed, places, inplace):
         dtype = torch.float32
     how = dict(interleaved=interleaved, packed=packed, places=places, inplace=inplace)
     cases.check_rotary(B, S, N, 2 * pairs, dtype, **how)
+
+
+@few
+@given(st.integers(1, 40), st.integers(1, 70), DTYPES, st.booleans())
+def test_swiglu(T, D, dtype, strange):
+    cases.check_swiglu(T, D, dtype, strange=strange)
 
 
 @few
@@ -93,6 +99,7 @@ def test_ties_and_numbers_out_of_range():
     cases.check_router_ties()
     cases.check_targets_out_of_range()
     cases.check_positions_out_of_range()
+    cases.check_swiglu_far_out()
 
 
 def test_all_rows_ignored_and_no_rows():
@@ -109,6 +116,11 @@ def test_all_rows_ignored_and_no_rows():
     weight = torch.ones(8, requires_grad=True)
     rms_norm(torch.empty(0, 8), weight).sum().backward()
     assert not weight.grad.any()
+    for shape in ((0, 16), (3, 0), (2, 0, 16)):
+        gate_up = torch.empty(shape, requires_grad=True)
+        act = swiglu(gate_up)
+        act.sum().backward()
+        assert act.shape == (*shape[:-1], shape[-1] // 2) and gate_up.grad.shape == shape
 
 
 def test_only_the_sum_is_used():
@@ -176,6 +188,13 @@ def test_opcheck_rotary():
     check_op("rotary_", x, cos, sin, torch.zeros(2, 5, dtype=torch.int64), False, True, 0)
 
 
+def test_opcheck_swiglu():
+    x, dy = torch.randn(3, 16), torch.randn(3, 8)
+    check_op("swiglu", x.clone().requires_grad_(), 0)
+    check_op("swiglu", torch.randn(16, 3).T, 0)
+    check_op("swiglu_backward", dy, x, 0)
+
+
 def test_opcheck_cross_entropy():
     logits, targets = torch.randn(4, 9), torch.tensor([0, 8, -100, 3])
     d_loss = torch.randn(4)
@@ -198,6 +217,7 @@ def block(x, weight, gate, head, cos, sin, targets, topk=2):
     """What is between the matrix products of a block and behind the last."""
     normed, x = rms_norm(x, weight, residual=x)
     turned = rotary(normed.unflatten(1, (-1, 2 * cos.shape[1])), cos, sin).flatten(1)
+    x = x + swiglu(torch.cat((turned, x), dim=1))
     _, topk_weight, probability_sum, _ = route(turned, gate, None, topk=topk)
     x = x + topk_weight.sum(1, keepdim=True) * turned + probability_sum.sum()
     return cross_entropy(x @ head, targets)
@@ -249,6 +269,10 @@ LOGITS, TARGETS = torch.randn(4, 9), torch.zeros(4, dtype=torch.int64)
             ValueError,
             r"integers \(4,\)",
         ),
+        (lambda: swiglu(X.long()), TypeError, r"gate_up is torch\.int64"),
+        (lambda: swiglu(LOGITS), ValueError, r"\(4, 9\): pass an even last dimension"),
+        (lambda: swiglu(LOGITS[0, 0]), ValueError, r"gate_up is \(\)"),
+        (lambda: swiglu(X, num_sms=0), ValueError, "num_sms=0.*at least 1"),
         (lambda: cross_entropy(LOGITS, TARGETS[1:]), ValueError, r"\(3,\).*\(4,\)"),
         (lambda: cross_entropy(LOGITS, TARGETS.float()), TypeError, r"torch\.float32: pass"),
         (lambda: cross_entropy(LOGITS, TARGETS, reduction="avg"), ValueError, "reduction='avg'"),
@@ -301,6 +325,10 @@ IN_FLIGHT = {
     "cross_entropy",
     "cross_entropy, in place",
     "cross_entropy_gradient",
+    "swiglu",
+    "swiglu, D 40, fp32",
+    "swiglu_backward",
+    "swiglu_backward, fp32",
 }
 
 

@@ -39,6 +39,7 @@ def in_experts(x, **how):
 CALLS = {
     "rms_norm": lambda x: rms_norm(x, WEIGHT),
     "residual": lambda x: rms_norm(x, WEIGHT, residual=2 * x)[1],
+    "swiglu": block_ops.swiglu,
     "rotary": lambda x: block_ops.rotary(x, *rotary_tables(5, 16)),
     "split_heads": lambda x: torch.cat(split_heads(x, 1), dim=2),
     "turn_tail": lambda x: turn_tail(x, 8),

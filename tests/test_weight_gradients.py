@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
+from dualpipe_ext.moe import SharedExpert
 from dualpipe_ext.weight_gradients import DelayedLinear, WeightGradients, delay_linears
 from tests import small_transformer as small
 from tests.test_grouped_mlp import relative_error
 
+FP32, BF16 = torch.float32, torch.bfloat16
 LINEAR, EXPERTS = "blocks.0.attention.out.weight", "blocks.0.feed_forward.w13"
 
 
@@ -32,6 +34,41 @@ def test_delayed_linear_is_a_linear():
     later.run()
     assert torch.allclose(delayed.weight.grad, plain.weight.grad)
     assert torch.allclose(delayed.bias.grad, plain.bias.grad)
+
+
+@pytest.mark.parametrize("main_grad", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "x_dtype"), [(FP32, FP32), (BF16, BF16), (FP32, BF16), (torch.float64, BF16)]
+)
+def test_a_shared_expert_leaves_both_of_its_weights(dtype, x_dtype, main_grad):
+    """In any pair of dtypes; fp32 weights and a bf16 x are what autocast makes of the layer. Cast
+    from fp64, which autocast leaves alone, they come at once."""
+    torch.manual_seed(0)
+    plain = SharedExpert(16, 24, dtype=dtype)
+    plain.reset_parameters(0.3)
+    delayed = copy.deepcopy(plain)
+    if main_grad:
+        delayed.w13.main_grad = torch.zeros(48, 16)
+    x, dy = torch.randn(40, 16).to(x_dtype).requires_grad_(), torch.randn(40, 16).to(x_dtype)
+    y = plain(x)
+    y.backward(dy)
+    dx, x.grad = x.grad, None
+    later = WeightGradients()
+    with later.collect():
+        found = delayed(x)
+    assert found.dtype == x_dtype and torch.equal(found, y)
+    found.backward(dy)
+    assert torch.equal(x.grad, dx)
+    waits = dtype != torch.float64
+    assert len(later) == 2 * waits and (delayed.w2.grad is None) == waits
+    later.run()
+    for name, want in plain.named_parameters():
+        p = delayed.get_parameter(name)
+        total = p.grad
+        if main_grad and waits and name == "w13":
+            assert p.grad is None
+            total = p.main_grad
+        assert want.grad.dtype == dtype and relative_error(total, want.grad) < 4e-3, name
 
 
 def test_each_weight_gradient_is_added_before_the_next_is_computed():
@@ -57,6 +94,18 @@ def run_chunks(model, count=3):
         chunk.backward_weight()
         addresses.append({name: p.grad.data_ptr() for name, p in model.named_parameters()})
     return addresses
+
+
+def test_a_block_leaves_its_shared_experts_weights():
+    model = small.stage(1, shared_expert_hidden=8)
+    shared = model.blocks[0].feed_forward.shared_expert
+    chunk = model.start_chunk(torch.randn(2, 7, 16))
+    with torch.autocast("cpu", BF16):
+        (out,) = chunk.forward()
+    chunk.backward_input((torch.randn_like(out),))
+    assert shared.w13.grad is None and shared.w2.grad is None
+    chunk.backward_weight()
+    assert shared.w13.grad.any() and shared.w2.grad.any()
 
 
 def run_autograd(model, count=3):

@@ -3,7 +3,8 @@
 Letters: T tokens, H hidden, E experts, K experts a token.
 
 Two kernels. The first makes d_logits [T, E], small enough to stay in L2, as two bf16 numbers each
-(`router` says how much that keeps). The second reads x once and writes dx once:
+(`router` says how much that keeps), or for `router_backward_hopper` rounded to one, and then the
+weight, too. The second reads x once and writes dx once:
 d_weight = d_logits.T @ x and dx = d_logits @ weight, both from the same tile of d_logits. A program
 keeps a strip of columns of the weight and of d_weight, and walks down the tokens. Where there are
 fewer strips than SMs, the tokens are split and every split leaves a d_weight of its own; they are
@@ -58,7 +59,10 @@ CONFIGS_FP32 = {
     256: RouterBackwardConfig(block_t=128, block_n=32, stages=1),
     512: RouterBackwardConfig(block_t=128, block_n=16, stages=1),
 }
-ROWS_TILE = 4096  # numbers of a tile of d_logits: 16 a thread of 256
+# Of d_logits: rows and numbers of a tile at most, 16 a thread of 512; routes whose expert and
+# gradient are read at once, where one after the other each would wait for L2.
+ROWS, NUMBERS, WARPS = 64, 8192, 16
+ROUTES = tl.constexpr(8)
 
 
 def config_for(columns: int, dtype: torch.dtype) -> RouterBackwardConfig:
@@ -74,16 +78,23 @@ def d_logits_kernel(
     d_sum_table,
     high_ptr,
     low_ptr,
+    weight_ptr,
+    rounded_ptr,
     num_rows,
+    vectors,
     route_scale,
     E: tl.constexpr,
     WIDTH: tl.constexpr,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    NUMBERS: tl.constexpr,
     SOFTMAX: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    ROUTES: tl.constexpr = ROUTES,
 ):
+    """d_logits as one number or two, without a low part if low_ptr is None; with rounded_ptr, a
+    copy of `vectors` times 8 numbers of the weight in its dtype."""
     column = tl.arange(0, COLUMNS)[None, :]
     d_sum = tl.load(d_sum_table + column, mask=column < E, other=0)
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
@@ -94,11 +105,18 @@ def d_logits_kernel(
         # Gradient of the chosen scores, before renormalisation; 0 elsewhere.
         d_chosen = tl.zeros((ROWS, COLUMNS), tl.float32)
         chosen = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in range(K):
-            at = tl.load(idx_table + row * K + k, mask=exists, other=-1)[:, None]
-            gradient = tl.load(d_weight_table + row * K + k, mask=exists, other=0)[:, None]
-            d_chosen = tl.where(column == at, gradient * route_scale, d_chosen)
-            chosen = tl.where(column == at, 1.0, chosen)
+        for first in range(0, K, ROUTES):
+            experts = ()
+            gradients = ()
+            for i in tl.static_range(ROUTES):
+                here = exists & (first + i < K)
+                route = row * K + first + i
+                experts += (tl.load(idx_table + route, mask=here, other=-1),)
+                gradients += (tl.load(d_weight_table + route, mask=here, other=0),)
+            for i in tl.static_range(ROUTES):
+                at = column == experts[i][:, None]
+                d_chosen = tl.where(at, gradients[i][:, None] * route_scale, d_chosen)
+                chosen = tl.where(at, 1.0, chosen)
 
         if SOFTMAX:
             logit = tl.where(column < E, logit, float("-inf"))
@@ -121,7 +139,17 @@ def d_logits_kernel(
         target = row[:, None].to(tl.int64) * WIDTH + column
         mask = exists[:, None] & (column < WIDTH)
         tl.store(high_ptr + target, high, mask=mask)
-        tl.store(low_ptr + target, low, mask=mask)
+        if low_ptr is not None:
+            tl.store(low_ptr + target, low, mask=mask)
+
+    if rounded_ptr is not None:
+        count = vectors * 8
+        for tile in range(tl.program_id(0), tl.cdiv(count, NUMBERS), tl.num_programs(0)):
+            place = tile * NUMBERS + tl.arange(0, NUMBERS)
+            weight = tl.load(weight_ptr + place, mask=place < count, other=0)
+            tl.store(
+                rounded_ptr + place, weight.to(rounded_ptr.dtype.element_ty), mask=place < count
+            )
 
 
 @cache_launches
@@ -209,35 +237,41 @@ def route_backward(
     d_probability_sum  [E] fp32, contiguous: of the probabilities added over the tokens
     x, weight, logits  as given to and returned by `router.route`
     hopper             with the second kernel of `router_backward_hopper`: bf16, a Hopper GPU, at
-                       most 256 experts
+                       most 256 experts; d_weight then from d_logits rounded to bf16, 0.17 % off
     """
     (T, H), E, K = x.shape, weight.shape[0], topk_idx.shape[1]
     width = ceil_div(E, 8) * 8  # TMA: rows of 16 bytes
-    d_logits = torch.empty(2, T, width, dtype=part, device=x.device)
+    d_logits = torch.empty(1 if hopper else 2, T, width, dtype=part, device=x.device)
+    rounded = torch.empty_like(weight, dtype=part) if hopper else None
     columns = max(16, power_of_two(E))
-    rows = ROWS_TILE // columns
-    d_logits_kernel[(max(1, min(num_sms, ceil_div(T, rows))),)](
+    rows = min(ROWS, NUMBERS // columns)
+    tiles = max(ceil_div(T, rows), ceil_div(E * H, NUMBERS) if hopper else 1)
+    d_logits_kernel[(max(1, min(num_sms, tiles)),)](
         logits,
         topk_idx,
         d_topk_weight,
         d_probability_sum,
         d_logits[0],
-        d_logits[1],
+        None if hopper else d_logits[1],
+        weight,
+        rounded,
         T,
+        E * H // 8,
         route_scale,
         E=E,
         WIDTH=width,
         K=K,
         COLUMNS=columns,
         ROWS=rows,
+        NUMBERS=NUMBERS,
         SOFTMAX=softmax,
         RENORMALIZE=renormalize,
-        num_warps=8,
+        num_warps=WARPS,
     )
     if hopper:
         from .router_backward_hopper import gradients_hopper
 
-        return gradients_hopper(d_logits, x, weight, num_sms=num_sms)
+        return gradients_hopper(d_logits[0], x, rounded, num_sms=num_sms)
 
     columns = max(64, columns)  # an MMA of a warp group has 64 rows
     config = config or config_for(columns, x.dtype)

@@ -1,22 +1,26 @@
 """The router's logits on Hopper, each warp with a role of its own; `router_choice` chooses.
 
 Letters: T tokens, H hidden, E experts, S splits of H. The arithmetic is `router`'s, weight = high +
-low in bf16, for x in bf16. A program's tile is 256 rows of x and at most 1,792 columns:
+low in bf16, for x in bf16. A first kernel leaves both parts of the weight in memory. In the second
+a program's tile is 256 rows of x and 64 or 128 experts:
 
-    loader     one warp: x by TMA, 64 columns a stage
-    splitter   four warps: read the weight, fp32, from L2 a step ahead, and leave both parts of it
-    products   two warpgroups of 128 rows each. Up to 64 experts high and low stand side by side,
-               2 E columns of one operand, so that x is read once; above, where sums of 128 columns
-               fill the registers, both parts add to the same sums, low first.
+    two loaders   a warp each, by TMA, 64 columns a stage: x, and both parts of the weight
+    products      two warpgroups, weight @ x.T: experts are the rows, 64 a product. With 128 each
+                  warpgroup has 64 of them and all rows of x, else all experts and half the rows.
 
-H = 7168 is always cut in four or more: 112 steps of 16 for each part keep what tensor cores lose at
-2.6e-6 (`router` has the arithmetic), 5.2e-6 where both parts share the sums, without another sum in
-fp32. Every split leaves its sums in memory; the choice adds them in order: the same bits in every
-run and for every `num_sms`.
+That way a product is 64 × 256 and takes 10 KiB from shared memory in the 128 clocks of its 16
+columns; 128 experts take 160 KiB a step and 64 come in, 109 bytes a clock of at most 128, and 32 of
+the 32 to 42 bytes a clock that an SM gets from L2. As x @ weight.T, 64 × 128, it would be 128.
 
-T = 8192, H = 7168, E = 64 on an H200, predicted: 128 programs; 117 MB of x take 28 µs at 4.2 TB/s;
-a program's share of x and weight, 1.4 MB, 25 µs at the 32 bytes a clock that reach an SM; tensor
-cores 16 µs, and their reads of shared memory 12 µs, beside that.
+Tensor cores cut sums (`router` has the arithmetic), so that one ends after 28 steps: 112 of 16
+columns for each part lose 2.6e-6, both in one sum 5.2e-6. Up to 64 experts each part has sums of
+its own. A warpgroup adds what follows to what it left in memory. Where tiles are fewer than SMs, H
+is split, and the choice adds the splits in order: the same bits in every run and for every
+`num_sms`.
+
+T = 8192, H = 7168 on an H200, predicted, 128 programs: at E = 64 117 MB of x take 28 µs at 4.2
+TB/s, a program's 1.4 MB 21 µs at 37 bytes a clock; at E = 128 tensor cores take 43 µs at 700
+TFLOPS, at E = 256 86.
 """
 
 from dataclasses import dataclass
@@ -25,14 +29,13 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from .attention_tiles import allocate_barriers
+from .attention_tiles import allocate, allocate_barriers
 from .boxes import describe
 from .launch import cache_launches
 from .router_tiles import (
@@ -43,32 +46,136 @@ from .router_tiles import (
     even_splits,
 )
 
-__all__ = ["HopperConfig", "logits_hopper"]
+__all__ = ["HopperConfig", "logits_hopper", "split_weight"]
 
-TILE_ROWS, BLOCK_ROWS, STEP = 256, 64, 64
-ROWS = gl.constexpr(TILE_ROWS)  # 128 a warpgroup
-BLOCK = gl.constexpr(BLOCK_ROWS)  # of a product
-DEPTH = gl.constexpr(STEP)  # columns of x of a stage: rows of 128 bytes
-DEEPEST = 28  # steps of one sum
+TILE_ROWS, STEP, BLOCK_ROWS = 256, 64, 64
+ROWS = gl.constexpr(TILE_ROWS)
+DEPTH = gl.constexpr(STEP)  # columns of a stage: rows of 128 bytes
+BLOCK = gl.constexpr(BLOCK_ROWS)  # experts of a product
+DEEPEST = gl.constexpr(28)  # steps of one sum
+# Of the weight at a time where it is split, 16 numbers a thread.
+SPLIT_ROWS, SPLIT_COLUMNS, SPLIT_WARPS = 8, 512, 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class HopperConfig:
     """Compile-time shape of the kernel.
 
-    stages         of x in flight, 32 KiB each
-    weight_stages  of both parts of the weight, 256 bytes a column each
-    registers, weight_registers  of a thread that multiplies, or splits: two and one make 488
+    stages  in flight, of 32 KiB of x and 256 bytes an expert
+    early   whether it starts while the weight is still being split, with loads of x
     """
 
-    stages: int = 4
-    weight_stages: int = 3
-    registers: int = 184
-    weight_registers: int = 120
+    stages: int
+    early: bool = True
 
 
-# By columns of experts a program: 128 + 48 KiB, 128 + 64.
-CONFIGS = {64: HopperConfig(), 128: HopperConfig(weight_stages=2)}
+# By experts of a program: 4 × 48 KiB, 3 × 64.
+CONFIGS = {64: HopperConfig(stages=4), 128: HopperConfig(stages=3)}
+
+
+@gluon.jit
+def wait_for_launch_before():
+    """Until the kernel launched before this one has ended, where this one may start early."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def let_next_launch_start():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.u32 $0, 0;",
+        "=r",
+        [],
+        gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+# ---- Both parts of the weight ----
+
+
+@gluon.jit
+def locate_experts(column, E: gl.constexpr, SIZE: gl.constexpr, N_GROUPS: gl.constexpr):
+    """Expert of a column, and whether it is one: groups are padded to SIZE columns."""
+    GROUP_SIZE: gl.constexpr = E // N_GROUPS
+    group = column // SIZE
+    member = column % SIZE
+    return group * GROUP_SIZE + member, (group < N_GROUPS) & (member < GROUP_SIZE)
+
+
+@cache_launches
+@gluon.jit(do_not_specialize=["vectors", "strips", "items"])
+def split_weight_kernel(
+    weight_ptr,
+    parts_ptr,
+    vectors,
+    strips,
+    items,
+    E: gl.constexpr,
+    SIZE: gl.constexpr,
+    N_GROUPS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    HEIGHT: gl.constexpr,
+    WIDTH: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    let_next_launch_start()
+    H = vectors * 8
+    # 32 bytes of fp32 a thread, 16 of bf16.
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
+    row = gl.expand_dims(gl.arange(0, HEIGHT, gl.SliceLayout(1, layout)), 1)
+    column = gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)), 0)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        first = item // strips * HEIGHT
+        left = item % strips * WIDTH
+        inside = column < H - left
+        expert, valid = locate_experts(first + row, E, SIZE, N_GROUPS)
+        value = gl.load(weight_ptr + left + (expert * H + column), mask=valid & inside, other=0.0)
+        high = value.to(gl.bfloat16)
+        low = (value - high.to(gl.float32)).to(gl.bfloat16)
+        # COLUMNS rows of the high part, as many of the low one, and again.
+        start = first // COLUMNS * (2 * COLUMNS) + first % COLUMNS
+        target = parts_ptr + left + ((start + row) * H + column)
+        exists = inside & (row >= 0)
+        gl.store(target, high, mask=exists)
+        gl.store(target + COLUMNS * H, low, mask=exists)
+
+
+def split_weight(weight: torch.Tensor, *, n_groups: int, num_sms: int) -> torch.Tensor:
+    """The weight [E, H] fp32 as [passes, 2, N, H] bf16: N of its columns, 64 or 128, a pass, as
+    `columns_of` has them, high part and low part; zeros where there is no expert."""
+    E, H = weight.shape
+    groups, size = columns_of(E, n_groups)
+    passes, columns = _passes(groups * size)
+    parts = torch.empty(passes, 2, columns, H, dtype=torch.bfloat16, device=weight.device)
+    strips = ceil_div(H, SPLIT_COLUMNS)
+    items = passes * columns // SPLIT_ROWS * strips
+    split_weight_kernel[(even_grid(items, num_sms),)](
+        weight,
+        parts,
+        H // 8,
+        strips,
+        items,
+        E=E,
+        SIZE=size,
+        N_GROUPS=n_groups,
+        COLUMNS=columns,
+        HEIGHT=SPLIT_ROWS,
+        WIDTH=SPLIT_COLUMNS,
+        WARPS=SPLIT_WARPS,
+        num_warps=SPLIT_WARPS,
+    )
+    return parts
+
+
+def _passes(columns: int) -> tuple[int, int]:
+    """How often a tile is multiplied, and with how many columns, 64 or 128: 256 → (2, 128)."""
+    return ceil_div(columns, BLOCK_E), max(BLOCK_ROWS, min(columns, BLOCK_E))
+
+
+# ---- Logits ----
 
 
 @gluon.jit
@@ -83,88 +190,31 @@ def find_part(item, splits, H, PASSES: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(x_desc, x_smem, barriers, sizes, PASSES: gl.constexpr, STAGES: gl.constexpr):
-    """The loading warp."""
-    x_full, x_empty, _w_full, _w_empty = barriers
-    _T, H, splits, items = sizes
-    QUARTERS: gl.constexpr = ROWS // BLOCK
-    count = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        tile, _split, _part, begin, end = find_part(item, splits, H, PASSES)
-        for step in range(begin, end):
-            slot = count % STAGES
-            mbarrier.wait(x_empty.index(slot), (count // STAGES & 1) ^ 1)
-            full = x_full.index(slot)
-            mbarrier.expect(full, QUARTERS * x_desc.block_type.nbytes)
-            for q in gl.static_range(QUARTERS):
-                place = [tile * ROWS + q * BLOCK, step * DEPTH]
-                tma.async_copy_global_to_shared(
-                    x_desc, place, full, x_smem.index(slot * QUARTERS + q)
-                )
-            count += 1
-
-
-@gluon.jit
-def locate_experts(column, E: gl.constexpr, SIZE: gl.constexpr, N_GROUPS: gl.constexpr):
-    """Expert of a column, and whether it is one: groups are padded to SIZE columns."""
-    GROUP_SIZE: gl.constexpr = E // N_GROUPS
-    group = column // SIZE
-    member = column % SIZE
-    return group * GROUP_SIZE + member, (group < N_GROUPS) & (member < GROUP_SIZE)
-
-
-@gluon.jit
-def split_weight(
-    weight_ptr,
-    w_smem,
+def load_stages(
+    desc,
+    smem,
     barriers,
     sizes,
-    E: gl.constexpr,
-    SIZE: gl.constexpr,
-    N_GROUPS: gl.constexpr,
+    IS_WEIGHT: gl.constexpr,
     PASSES: gl.constexpr,
     STAGES: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
-    """Four warps: the weight as high and low part, one below the other."""
-    _x_full, _x_empty, w_full, w_empty = barriers
+    """A loading warp, of x or of the weight."""
+    full, empty = barriers
     _T, H, splits, items = sizes
-    COLUMNS: gl.constexpr = w_smem.shape[1] // 2
-    # By 64 experts, 32 numbers a thread: each is read again as soon as its registers are free.
-    RUN: gl.constexpr = COLUMNS if COLUMNS < 64 else 64
-    RUNS: gl.constexpr = COLUMNS // RUN
-    # 16 bytes of bf16 a thread and store, 32 bytes of fp32.
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    column = gl.expand_dims(gl.arange(0, DEPTH, gl.SliceLayout(0, layout)), 0)
-    row = gl.expand_dims(gl.arange(0, RUN, gl.SliceLayout(1, layout)), 1)
+    if IS_WEIGHT and EARLY:
+        wait_for_launch_before()
     count = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        _tile, _split, part, begin, end = find_part(item, splits, H, PASSES)
-        following = ()
-        for r in gl.static_range(RUNS):
-            expert, valid = locate_experts(part * COLUMNS + r * RUN + row, E, SIZE, N_GROUPS)
-            mask = valid & (column < H - begin * DEPTH)
-            source = weight_ptr + begin * DEPTH + (expert * H + column)
-            following += (gl.load(source, mask=mask, other=0.0),)
+        tile, _split, part, begin, end = find_part(item, splits, H, PASSES)
+        row = (part if IS_WEIGHT else tile) * desc.block_type.shape[0]
         for step in range(begin, end):
             slot = count % STAGES
-            parts = w_smem.index(slot)
-            ahead = min(step + 1, end - 1) * DEPTH
-            values = following
-            following = ()
-            for r in gl.static_range(RUNS):
-                high = values[r].to(w_smem.dtype)
-                low = (values[r] - high.to(gl.float32)).to(w_smem.dtype)
-                expert, valid = locate_experts(part * COLUMNS + r * RUN + row, E, SIZE, N_GROUPS)
-                mask = valid & (column < H - ahead)
-                source = weight_ptr + ahead + (expert * H + column)
-                following += (gl.load(source, mask=mask, other=0.0),)
-                if r == 0:
-                    mbarrier.wait(w_empty.index(slot), (count // STAGES & 1) ^ 1)
-                parts.slice(r * RUN, RUN).store(high)
-                parts.slice(COLUMNS + r * RUN, RUN).store(low)
-            fence_async_shared()
-            gl.thread_barrier()
-            mbarrier.arrive(w_full.index(slot))
+            mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+            place = [row, step * DEPTH]
+            tma.async_copy_global_to_shared(desc, place, full.index(slot), smem.index(slot))
             count += 1
 
 
@@ -180,16 +230,23 @@ def split_columns(x):
 
 
 @gluon.jit
-def leave_sums(acc, parts_ptr, first, T, SIDE_BY_SIDE: gl.constexpr, STRIDE: gl.constexpr):
-    """Adds the parts' sums [64, columns], if there are two, and stores the rows before T."""
-    if SIDE_BY_SIDE:
-        high, low = split_columns(acc)
-        acc = low + high
-    layout: gl.constexpr = acc.type.layout
-    row = gl.expand_dims(gl.arange(0, BLOCK, gl.SliceLayout(1, layout)), 1)
-    column = gl.expand_dims(gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout)), 0)
-    exists = (row < T - first) & (column >= 0)
-    gl.store(parts_ptr + (row * STRIDE + column), acc, mask=exists)
+def leave_sums(sums, parts_ptr, tokens, again, STRIDE: gl.constexpr):
+    """Stores sums [64 experts, N tokens] as rows of tokens, added to what is there if `again`: what
+    a thread left there it finds. 64 tokens at a time, 32 numbers a thread."""
+    if sums.shape[1] > 64:
+        left, right = split_columns(sums)
+        half: gl.constexpr = sums.shape[1] // 2
+        leave_sums(left, parts_ptr, tokens, again, STRIDE)
+        leave_sums(right, parts_ptr + half * STRIDE, tokens - half, again, STRIDE)
+    else:
+        layout: gl.constexpr = sums.type.layout
+        expert = gl.expand_dims(gl.arange(0, BLOCK, gl.SliceLayout(1, layout)), 1)
+        token = gl.expand_dims(gl.arange(0, sums.shape[1], gl.SliceLayout(0, layout)), 0)
+        exists = (token < tokens) & (expert < STRIDE)
+        place = parts_ptr + (token * STRIDE + expert)
+        if again:
+            sums += gl.load(place, mask=exists, other=0.0)
+        gl.store(place, sums, mask=exists)
 
 
 @gluon.jit
@@ -200,112 +257,97 @@ def multiply(
     barriers,
     sizes,
     W: gl.constexpr,
+    STRIDE: gl.constexpr,
     PASSES: gl.constexpr,
     STAGES: gl.constexpr,
-    W_STAGES: gl.constexpr,
 ):
-    """Warpgroup W of two: rows 128 W to 128 W + 127 of every tile."""
-    x_full, x_empty, w_full, w_empty = barriers
+    """Warpgroup W of two: half of a tile's experts, or of its rows."""
+    full, empty = barriers
     T, H, splits, items = sizes
     COLUMNS: gl.constexpr = w_smem.shape[1] // 2
-    ALL: gl.constexpr = COLUMNS * PASSES
-    SIDE_BY_SIDE: gl.constexpr = COLUMNS <= 64
-    WIDTH: gl.constexpr = 2 * COLUMNS if SIDE_BY_SIDE else COLUMNS
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    QUARTERS: gl.constexpr = ROWS // BLOCK
+    BY_EXPERTS: gl.constexpr = COLUMNS > BLOCK
+    N: gl.constexpr = ROWS if BY_EXPERTS else ROWS // 2
+    EXPERT: gl.constexpr = W * BLOCK if BY_EXPERTS else 0
+    ROW: gl.constexpr = 0 if BY_EXPERTS else W * N
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     count = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         tile, split, part, begin, end = find_part(item, splits, H, PASSES)
-        upper = gl.zeros([BLOCK, WIDTH], gl.float32, layout)
-        lower = gl.zeros([BLOCK, WIDTH], gl.float32, layout)
-        for step in range(begin, end):
-            slot = count % STAGES
-            w_slot = count % W_STAGES
-            mbarrier.wait(w_full.index(w_slot), count // W_STAGES & 1)
-            mbarrier.wait(x_full.index(slot), count // STAGES & 1)
-            x_upper = x_smem.index(slot * QUARTERS + 2 * W)
-            x_lower = x_smem.index(slot * QUARTERS + 2 * W + 1)
-            weight = w_smem.index(w_slot)
-            if SIDE_BY_SIDE:
-                both = weight.permute((1, 0))
-                upper = warpgroup_mma(x_upper, both, upper, is_async=True)
-                lower = warpgroup_mma(x_lower, both, lower, is_async=True)
-                upper, lower = warpgroup_mma_wait(2, (upper, lower))
+        first = tile * ROWS + ROW
+        target = parts_ptr + (gl.cast(split, gl.int64) * T + first) * STRIDE
+        target += part * COLUMNS + EXPERT
+        for start in range(begin, end, DEEPEST):
+            sums = gl.zeros([BLOCK, N], gl.float32, layout)
+            small = gl.zeros([BLOCK, N], gl.float32, layout)  # unused where both share the sums
+            for step in range(start, min(start + DEEPEST, end)):
+                slot = count % STAGES
+                mbarrier.wait(full.index(slot), count // STAGES & 1)
+                x = x_smem.index(slot).slice(ROW, N).permute((1, 0))
+                high = w_smem.index(slot).slice(EXPERT, BLOCK)
+                low = w_smem.index(slot).slice(COLUMNS + EXPERT, BLOCK)
+                # The step before this one ends.
+                if BY_EXPERTS:
+                    sums = warpgroup_mma(low, x, sums, is_async=True)
+                    sums = warpgroup_mma(high, x, sums, is_async=True)
+                    sums = warpgroup_mma_wait(2, (sums,))
+                else:
+                    small = warpgroup_mma(low, x, small, is_async=True)
+                    sums = warpgroup_mma(high, x, sums, is_async=True)
+                    small, sums = warpgroup_mma_wait(2, (small, sums))
+                if step > start:
+                    mbarrier.arrive(empty.index((count - 1) % STAGES))
+                count += 1
+            if BY_EXPERTS:
+                sums = warpgroup_mma_wait(0, (sums,))
             else:
-                low = weight.slice(COLUMNS, COLUMNS).permute((1, 0))
-                high = weight.slice(0, COLUMNS).permute((1, 0))
-                upper = warpgroup_mma(x_upper, low, upper, is_async=True)
-                lower = warpgroup_mma(x_lower, low, lower, is_async=True)
-                upper = warpgroup_mma(x_upper, high, upper, is_async=True)
-                lower = warpgroup_mma(x_lower, high, lower, is_async=True)
-                upper, lower = warpgroup_mma_wait(4, (upper, lower))
-            # The step before this one has ended: its stages may be filled again.
-            if step > begin:
-                mbarrier.arrive(x_empty.index((count - 1) % STAGES))
-                mbarrier.arrive(w_empty.index((count - 1) % W_STAGES))
-            count += 1
-        upper, lower = warpgroup_mma_wait(0, (upper, lower))
-        mbarrier.arrive(x_empty.index((count - 1) % STAGES))
-        mbarrier.arrive(w_empty.index((count - 1) % W_STAGES))
-
-        first = tile * ROWS + W * (2 * BLOCK)
-        target = parts_ptr + ((gl.cast(split, gl.int64) * T + first) * ALL + part * COLUMNS)
-        leave_sums(upper, target, first, T, SIDE_BY_SIDE, ALL)
-        leave_sums(lower, target + BLOCK * ALL, first + BLOCK, T, SIDE_BY_SIDE, ALL)
+                small, sums = warpgroup_mma_wait(0, (small, sums))
+                sums += small
+            mbarrier.arrive(empty.index((count - 1) % STAGES))
+            leave_sums(sums, target, T - first, start > begin, STRIDE)
 
 
 @cache_launches
 @gluon.jit(do_not_specialize=["T", "vectors", "splits", "items"])
 def logits_hopper_kernel(
     x_desc,
-    weight_ptr,
+    weight_desc,
     parts_ptr,
     T,
     vectors,
     splits,
     items,
-    E: gl.constexpr,
-    SIZE: gl.constexpr,
-    N_GROUPS: gl.constexpr,
+    STRIDE: gl.constexpr,
     PASSES: gl.constexpr,
-    COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
-    W_STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
-    W_REGISTERS: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
-    QUARTERS: gl.constexpr = ROWS // BLOCK
-    x_smem = gl.allocate_shared_memory(
-        x_desc.dtype, [STAGES * QUARTERS, BLOCK, DEPTH], x_desc.layout
-    )
-    w_smem = gl.allocate_shared_memory(x_desc.dtype, [W_STAGES, 2 * COLUMNS, DEPTH], x_desc.layout)
-    x_full = allocate_barriers(STAGES, 1)
-    x_empty = allocate_barriers(STAGES, 2)
-    w_full = allocate_barriers(W_STAGES, 1)
-    w_empty = allocate_barriers(W_STAGES, 2)
-    barriers = (x_full, x_empty, w_full, w_empty)
-    # H is a multiple of 8, which the compiler has to see to read 16 bytes at a time.
+    x_smem = allocate(x_desc, STAGES)
+    w_smem = allocate(weight_desc, STAGES)
+    barriers = (allocate_barriers(STAGES, 2), allocate_barriers(STAGES, 2))
     sizes = (T, vectors * 8, splits, items)
     gl.warp_specialize(
         [
             (
                 multiply,
-                (parts_ptr, x_smem, w_smem, barriers, sizes, gl.constexpr(0), PASSES, STAGES,
-                 W_STAGES),
+                (parts_ptr, x_smem, w_smem, barriers, sizes, gl.constexpr(0), STRIDE, PASSES,
+                 STAGES),
             ),
             (
                 multiply,
-                (parts_ptr, x_smem, w_smem, barriers, sizes, gl.constexpr(1), PASSES, STAGES,
-                 W_STAGES),
+                (parts_ptr, x_smem, w_smem, barriers, sizes, gl.constexpr(1), STRIDE, PASSES,
+                 STAGES),
             ),
             (
-                split_weight,
-                (weight_ptr, w_smem, barriers, sizes, E, SIZE, N_GROUPS, PASSES, W_STAGES),
+                load_stages,
+                (x_desc, x_smem, barriers, sizes, gl.constexpr(False), PASSES, STAGES, EARLY),
             ),
-            (load_rows, (x_desc, x_smem, barriers, sizes, PASSES, STAGES)),
+            (
+                load_stages,
+                (weight_desc, w_smem, barriers, sizes, gl.constexpr(True), PASSES, STAGES, EARLY),
+            ),
         ],
-        [4, 4, 1],
-        [REGISTERS, W_REGISTERS, 24],
+        [4, 1, 1],
+        [232, 40, 40],
     )  # fmt: skip
 
 
@@ -324,30 +366,26 @@ def logits_hopper(
     """
     (T, H), E = x.shape, weight.shape[0]
     groups, size = columns_of(E, n_groups)
-    columns = min(groups * size, BLOCK_E)
-    passes = groups * size // columns
-    config = config or next(config for most, config in CONFIGS.items() if columns <= most)
-    row_tiles, steps = ceil_div(T, TILE_ROWS), ceil_div(H, STEP)
-    splits = even_splits(row_tiles * passes, steps, ceil_div(steps, DEEPEST))
+    passes, columns = _passes(groups * size)
+    config = config or CONFIGS[columns]
+    row_tiles = ceil_div(T, TILE_ROWS)
+    splits = even_splits(row_tiles * passes, ceil_div(H, STEP))
     items = row_tiles * passes * splits
+    halves = split_weight(weight, n_groups=n_groups, num_sms=num_sms)
     parts = weight.new_empty(splits, T, groups * size)
     logits_hopper_kernel[(even_grid(items, num_sms),)](
-        describe(x, [BLOCK_ROWS, STEP]),
-        weight,
+        describe(x, [TILE_ROWS, STEP]),
+        describe(halves.view(-1, H), [2 * columns, STEP]),
         parts,
         T,
         H // 8,
         splits,
         items,
-        E=E,
-        SIZE=size,
-        N_GROUPS=n_groups,
+        STRIDE=groups * size,
         PASSES=passes,
-        COLUMNS=columns,
         STAGES=config.stages,
-        W_STAGES=config.weight_stages,
-        REGISTERS=config.registers,
-        W_REGISTERS=config.weight_registers,
+        EARLY=config.early,
         num_warps=4,
+        launch_pdl=config.early,
     )
     return parts

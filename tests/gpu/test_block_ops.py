@@ -1,11 +1,11 @@
-"""Router, norm, rotary embedding and cross-entropy on a GPU, against fp64 on the host."""
+"""Router, norm, rotary embedding, SwiGLU and cross-entropy on a GPU, against fp64 on the host."""
 
 import importlib
 
 import pytest
 import torch
 
-from dualpipe_ext.block_ops import rms_norm, rotary, rotary_, rotary_tables
+from dualpipe_ext.block_ops import rms_norm, rotary, rotary_, rotary_tables, swiglu
 from dualpipe_ext.cross_entropy import cross_entropy
 from dualpipe_ext.fused_router import fits, fits_hopper, route
 from dualpipe_ext.router import Router
@@ -19,11 +19,12 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KERNELS = {
     "norm": ("rms_norm", "rms_norm_backward", "add_parts"),
     "rotary": ("rotary",),
+    "swiglu": ("swiglu", "swiglu_backward"),
     "cross_entropy": ("row_loss", "long_row_loss", "gradient", "scale_rows"),
     "router": ("route",),
     "router_backward": ("d_logits", "route_backward"),
     "router_choice": ("choose",),
-    "router_hopper": ("logits_hopper",),
+    "router_hopper": ("split_weight", "logits_hopper"),
     "router_backward_hopper": ("gradients_hopper",),
 }
 
@@ -60,6 +61,35 @@ def test_rms_norm(T, H, residual, dtype):
 )
 def test_rotary(B, S, N, D, how, dtype):
     cases.check_rotary(B, S, N, D, dtype, "cuda", **how)
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "how", "dtype"),
+    [
+        (4097, 7168, {}, BF16),
+        (1000, 1408, dict(strange=True), BF16),
+        (1, 40, {}, FP32),
+        (333, 2048, {}, FP32),
+        (70, 7, {}, BF16),
+    ],
+    ids=str,
+)
+def test_swiglu(T, D, how, dtype):
+    cases.check_swiglu(T, D, dtype, "cuda", **how)
+
+
+def test_swiglu_past_two_to_the_31_numbers():
+    T, D = 150_000, 7168  # 2.15e9 and 1.08e9 numbers: of the last rows' gate_up and d_gate_up
+    gate_up = torch.empty(T, 2 * D, dtype=BF16, device="cuda").fill_(9)
+    gate_up[-40:].normal_()
+    dy = torch.ones(T, D, dtype=BF16, device="cuda")
+    dy[-40:].normal_()
+    want = gate_up[-40:].clone().requires_grad_()
+    swiglu(want).backward(dy[-40:])
+    got = swiglu(gate_up.requires_grad_())
+    assert torch.equal(got[-40:], swiglu(want))
+    got.backward(dy)
+    assert torch.equal(gate_up.grad[-40:], want.grad)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +177,7 @@ def test_route_on_two_streams_and_in_a_graph():
 def test_fp16():
     cases.check_rms_norm(300, 136, FP16, "cuda")
     cases.check_rotary(1, 70, 5, 64, FP16, "cuda")
+    cases.check_swiglu(300, 136, FP16, "cuda")
     cases.check_cross_entropy(50, 1000, FP16, "cuda", inplace=True)
     cases.check_route(300, 1024, 20, 4, FP16, "cuda")
 
@@ -160,6 +191,7 @@ def test_random_shapes():
     T, sms = draw(1, 900), draw(1, 132)
     cases.check_rms_norm(T, draw(2, 3000), BF16, "cuda", num_sms=sms)
     cases.check_rotary(1, T, draw(1, 12), 2 * draw(1, 64), BF16, "cuda", num_sms=sms)
+    cases.check_swiglu(T, 8 * draw(1, 500), BF16, "cuda", num_sms=sms)
     cases.check_cross_entropy(T, draw(2, 9000), BF16, "cuda", num_sms=sms)
     E = draw(2, 300)
     how = dict(sigmoid=bool(draw(0, 1)), num_sms=sms)
@@ -171,6 +203,7 @@ def test_ties_and_numbers_out_of_range():
         cases.check_router_ties("cuda", dtype)
     cases.check_targets_out_of_range("cuda")
     cases.check_positions_out_of_range("cuda")
+    cases.check_swiglu_far_out("cuda")
 
 
 def everything(num_sms, T=700, H=1024, seed=0):
@@ -188,12 +221,14 @@ def everything(num_sms, T=700, H=1024, seed=0):
     normed, hidden = rms_norm(x, weight, residual=y, **options)
     turned = rotary(normed.view(T, -1, 128), cos, sin, **options).flatten(1)
     rotary_((cut * 1).view(T, -1, 128), cos, sin, **options)
+    act = swiglu(torch.cat((turned, hidden), dim=1), **options)
     idx, topk_weight, sums, count = route(turned, gate, None, topk=8, **options)
-    loss = cross_entropy(hidden, targets, **options) + topk_weight.square().sum() + sums.sum()
+    loss = cross_entropy(hidden + act, targets, **options) + topk_weight.square().sum() + sums.sum()
     loss = loss + 2 * cross_entropy(cut * 1, targets, inplace=True, **options)
     loss.backward()
     leaves = (x, y, weight, gate, cut)
-    return [normed, hidden, turned, idx, topk_weight, sums, count, loss, *(t.grad for t in leaves)]
+    results = [normed, hidden, turned, act, idx, topk_weight, sums, count, loss]
+    return [*results, *(t.grad for t in leaves)]
 
 
 def test_sm_count_changes_no_bit():
