@@ -43,7 +43,7 @@ __all__ = ["AnyLinks", "GroupLinks", "HostLinks", "Links", "Moving", "NcclLinks"
 class Moving:
     """An item on its way. Its `tensors` must live until it is through, or `wait` has been called.
 
-    With a `limit` the host waits, else the current stream does and NCCL's watchdog has the limit.
+    With a `limit` the host waits, else the current stream does and NCCL's watchdog has one.
     """
 
     tensors: list[Tensor]
@@ -104,7 +104,12 @@ class NcclLinks:
 
     def __init__(self, agreement: Agreement, device: torch.device) -> None:
         self.device, self._rank = device, agreement.rank
-        self._own = open_chain(agreement, _make_nccl, self.name, device)
+        # The ranks agree on a step's end within the timeout. The watchdog, which ends the process,
+        # comes after that.
+        limit = 2 * seconds(agreement.timeout)
+        self._own = open_chain(
+            agreement, lambda *place: _make_nccl(*place, limit), self.name, device
+        )
 
     def send(self, tensors: list[Tensor], target: int) -> Moving:
         own = self._own[self._rank, target]
@@ -298,8 +303,10 @@ def open_chain(
     return own
 
 
-def _make_nccl(store: dist.Store, rank: int, size: int) -> dist.Backend:
-    return dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+def _make_nccl(store: dist.Store, rank: int, size: int, limit: timedelta) -> dist.Backend:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = limit
+    return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
 def _host_buffer(parts: Sequence[Part]) -> Tensor:

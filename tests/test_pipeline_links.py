@@ -18,7 +18,7 @@ from dualpipe_ext import pipeline_links
 from dualpipe_ext.errors import DualPipeError
 from dualpipe_ext.peer_memory import PeerMemory
 from dualpipe_ext.pipeline import Pipeline
-from dualpipe_ext.pipeline_agreement import Agreement, seconds
+from dualpipe_ext.pipeline_agreement import Agreement
 from dualpipe_ext.pipeline_links import GroupLinks, HostLinks
 from dualpipe_ext.pipeline_packing import item_parts, pack, unpack
 from dualpipe_ext.pipeline_transfers import incoming_bytes
@@ -123,8 +123,7 @@ def test_host_links_have_a_limit(gloo_workers_2):
 
 def as_on_gpus(pipeline):
     """Open the links that a pipeline of GPUs without peer memory would use."""
-    limit = seconds(pipeline.timeout)
-    pipeline_links._make_nccl = lambda *place: dist.ProcessGroupGloo(*place, limit)
+    pipeline_links._make_nccl = dist.ProcessGroupGloo
     pipeline.links._host = HostLinks(pipeline._agreement, pipeline.device)
     return pipeline
 
