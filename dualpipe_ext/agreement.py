@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from .backend import choose_backend
+from .operators import has_triton
 from .peer_memory import PeerMemory
 from .routing import ROW_ALIGNMENT
 
@@ -134,6 +135,11 @@ def _choose(options: ExchangeOptions, device: torch.device, world_size: int) -> 
         if options.backend == "nvlink":
             raise TypeError(f'{reason}: cast the rows, or use backend="reference"')
         return "reference", reason
+    if name == "nvlink" and options.form == "unique" and not has_triton():
+        raise ValueError(
+            'form="unique" needs Triton for its compute kernels: install triton, or pass '
+            'form="expert"'
+        )
     return name, reason
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .operators import check_num_sms, define, sm_count, use_triton, wide
+from .operators import check_num_sms, define, device_facts, sm_count, use_triton, wide
 
 __all__ = ["rms_norm", "rotary", "rotary_", "rotary_tables", "swiglu"]
 
@@ -419,6 +419,8 @@ def _swiglu_kernels(gate_up: Tensor):
     """The module of the kernels if they take this tensor."""
     if not use_triton(gate_up) or gate_up.numel() == 0 or gate_up.shape[1] % 16:
         return None
+    if gate_up.is_cuda and device_facts(gate_up.device)[1][0] not in (9, 10):
+        return None  # 144 KB of shared memory are more than others have
     from .triton_kernels import swiglu
 
     return swiglu

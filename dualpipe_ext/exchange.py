@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .agreement import ExchangeOptions, agree_on_backend
 from .errors import ExchangeClosedError
+from .operators import has_triton
 from .ranges import named_range
 from .reference import ReferenceBackend
 from .routing import Plan, RoutingLayout
@@ -46,7 +47,9 @@ class Exchange:
             "expert": the communication SMs. "unique": compute kernels on ``num_sms`` SMs, behind
             and before a transfer of unique rows, which takes fewer SMs and can send fp8, and twice
             the peer memory. None: "unique" for ``comm_sms`` up to 16 or an eighth of the GPU's,
-            where whole layers are faster so, else "expert". Results are the same.
+            where a layer by itself is faster so (1 to 13 %), else "expert". In pairs, which hide
+            the communication SMs' work but not the compute kernels', try "expert" for wide layers.
+            Results are the same.
         max_rows: the most rows in expert order that may come to a rank, a multiple of 128. Then
             dispatch always gives this many and no call waits for the device, so that all can be
             captured in a CUDA graph; rows past the plan's R are undefined (NVLink) or zero. What
@@ -89,7 +92,7 @@ class Exchange:
         self.device = _resolve_device(device)
         self.hidden, self.num_experts, self.topk = hidden, num_experts, topk
         self.max_tokens, self.dtype, self.timeout = max_tokens, dtype, timeout
-        self.form, self.max_rows = form or _faster_form(comm_sms), max_rows
+        self.form, self.max_rows = form or _faster_form(comm_sms, self.device), max_rows
         self._backend, self._comm_sms = None, 0
         options = ExchangeOptions(
             hidden=hidden,
@@ -448,11 +451,11 @@ def process_group(group) -> dist.ProcessGroup | None:
     raise TypeError(f"group is a {type(group).__name__}: pass a ProcessGroup, a DeviceMesh or None")
 
 
-def _faster_form(comm_sms: int | float) -> str:
-    """Of forward and backward of a layer, by docs/MEASURED.md."""
+def _faster_form(comm_sms: int | float, device: torch.device) -> str:
+    """Of forward and backward of a layer, by docs/MEASURED.md, where its kernels can run."""
     most = 0.125 if isinstance(comm_sms, float) else 16
     few = isinstance(comm_sms, (int, float)) and comm_sms <= most
-    return "unique" if few else "expert"
+    return "unique" if few and (device.type != "cuda" or has_triton()) else "expert"
 
 
 def _resolve_device(device: torch.device | str | None) -> torch.device:

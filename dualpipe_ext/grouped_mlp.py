@@ -446,7 +446,7 @@ def _wgrad_into(dw, accumulate, y, x, expert_offsets, num_sms, implementation, t
     elif y.shape[0]:
         from .triton_kernels.grouped_wgrad import grouped_wgrad
 
-        _require_alignment(y=y, x=x, main_grad=dw)
+        _require_alignment(y=y, x=x, dw=dw)
         how = {"num_sms": _sm_count(y, num_sms), "accumulate": accumulate}
         grouped_wgrad(y, x, expert_offsets, dw, **how)
     elif not accumulate:
@@ -463,8 +463,8 @@ def _wgrad_fake(y, x, expert_offsets, *how):
     return y.new_empty(expert_offsets.shape[0] - 1, y.shape[1], x.shape[1])
 
 
-def _wgrad_add(main_grad, *y_x_and_how):
-    _wgrad_into(main_grad, True, *y_x_and_how)
+def _wgrad_add(total, *y_x_and_how):
+    _wgrad_into(total, True, *y_x_and_how)
 
 
 def _setup_context(ctx, inputs, output):
@@ -510,8 +510,7 @@ _wgrad_operator = define(
     _wgrad_fake,
 )
 _wgrad_add_operator = define(
-    "grouped_wgrad_(Tensor(a!) main_grad, Tensor y, Tensor x, Tensor expert_offsets, "
-    f"{_HOW}) -> ()",
+    f"grouped_wgrad_(Tensor(a!) total, Tensor y, Tensor x, Tensor expert_offsets, {_HOW}) -> ()",
     _wgrad_add,
     lambda *arguments: None,
 )

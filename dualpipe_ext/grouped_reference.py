@@ -75,7 +75,7 @@ def reference_wgrad(y, x, expert_offsets, dw, accumulate: bool) -> None:
     wide = accumulation_dtype(y.dtype)
     for expert, (start, end) in enumerate(expert_spans(expert_offsets, y.shape[0])):
         product = y[start:end].to(wide).T @ x[start:end].to(wide)
-        if accumulate:
-            dw[expert] += product
+        if accumulate:  # rounded once by itself where dw is not wider, as the kernels do
+            dw[expert] += product.to(dw.dtype)
         else:
             dw[expert] = product

@@ -410,7 +410,8 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
     That one goes in as a parameter, whose gradient can wait, and autocast's rules cast it.
     """
-    if weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16):
+    narrow = weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    if narrow and torch.amp.is_autocast_available(x.device.type):  # not for meta tensors
         with torch.autocast(x.device.type, x.dtype, cache_enabled=False):
             return linear(x, weight)
     return linear(x, weight.to(x.dtype))

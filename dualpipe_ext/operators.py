@@ -175,8 +175,8 @@ def has_triton() -> bool:
         import triton  # noqa: F401
     except ImportError:
         warnings.warn(
-            "Triton is not installed: router, norm, rotary embedding, cross-entropy and experts, "
-            "one after the other, run in plain torch. Install triton.",
+            "Triton is not installed: router, norm, rotary embedding, SwiGLU, cross-entropy and "
+            "experts, one after the other, run in plain torch. Install triton.",
             stacklevel=2,
         )
         return False

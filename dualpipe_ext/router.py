@@ -63,8 +63,9 @@ class Router(nn.Module):
             32; "torch": a kernel for every step, which a subclass that overrides :meth:`select`
             gets in any case; "auto": the first for bf16 and up to 256 experts on a Hopper GPU. The
             two round differently: experts whose scores differ by less than about 1e-6 may change
-            places. And there, on Hopper, the gradients take the logits' own rounded to bf16: the
-            weight's is off by 0.17 %, and dx in bf16 by 0.3 % where "torch" rounds it once, 0.17 %.
+            places. On Hopper the gradients of weight and x are products of d_logits rounded to
+            bf16: the weight's is off by 0.17 %, and dx in bf16 by 0.3 % where "torch" rounds it
+            once, 0.17 %.
         num_sms: SMs that the kernels may take, None = all; an attribute that may change any time.
 
     Raises:

@@ -9,12 +9,12 @@ backward and leaves the second there; `run` computes it and adds it as autograd 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from .operators import autocast_off
 
@@ -74,57 +74,34 @@ class WeightGradients:
                 totals = [_total(parameter) for parameter in parameters]
                 gradients = compute(totals)
             accumulate(parameters, gradients)
-            added = [
-                parameter
-                for parameter, total, gradient in zip(parameters, totals, gradients, strict=True)
-                if total is not None and gradient is None and total is parameter.grad
-            ]
-            if added:
-                _run_hooks(added)
+            for parameter, total, gradient in zip(parameters, totals, gradients, strict=True):
+                if total is not None and gradient is None and total is parameter.grad:
+                    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+                        hook(parameter)
 
 
 def _total(parameter: nn.Parameter) -> Tensor | None:
-    """A parameter's gradient so far, for sums in place; None where somebody may look on."""
+    """A parameter's gradient so far, for sums in place; None where autograd must add.
+
+    That is where there is no plain tensor yet, or one that is part of a graph, and where somebody
+    may want to see each gradient by itself.
+    """
     main_grad = getattr(parameter, "main_grad", None)
     total = parameter.grad if main_grad is None else main_grad
     if type(total) is not Tensor or total.requires_grad or not total.is_contiguous():
-        return None  # nothing yet, a DTensor, part of a graph
-    seen = main_grad is None and parameter._backward_hooks  # hooks get each gradient alone
-    return None if seen or not parameter.requires_grad else total
+        return None
+    if not parameter.requires_grad or (main_grad is None and _is_watched(parameter)):
+        return None
+    return total
 
 
-def _run_hooks(parameters: Sequence[nn.Parameter]) -> None:
-    """What autograd runs after it has accumulated (DDP, `register_post_accumulate_grad_hook`)."""
-    run_backward([_Nothing.apply(*parameters)], [None])
-    for parameter in parameters:
-        hooks = parameter._post_accumulate_grad_hooks
-        if hooks and not _autograd_runs_them():
-            for hook in hooks.values():
-                hook(parameter)
-
-
-@cache
-def _autograd_runs_them() -> bool:
-    """Whether this torch runs `register_post_accumulate_grad_hook`'s where no gradient came: 2.11
-    and 2.13 do, other versions may return before."""
-    ran = []
-    parameter = nn.Parameter(torch.zeros(()))
-    parameter.register_post_accumulate_grad_hook(ran.append)
-    run_backward([_Nothing.apply(parameter)], [None])
-    return bool(ran)
-
-
-class _Nothing(torch.autograd.Function):
-    """Its backward takes autograd to the parameters without a gradient: nodes' hooks run, DDP's."""
-
-    @staticmethod
-    def forward(ctx, *parameters):
-        ctx.count = len(parameters)
-        return torch.empty(())
-
-    @staticmethod
-    def backward(ctx, _):
-        return (None,) * ctx.count
+def _is_watched(parameter: nn.Parameter) -> bool:
+    """Whether it has a tensor hook, or somebody keeps autograd's node for it, on which hooks may be
+    (DDP's are). A node that nobody keeps goes with what is written on it."""
+    if parameter._backward_hooks or torch.is_inference_mode_enabled():
+        return True
+    get_gradient_edge(parameter).node.metadata["dualpipe_ext"] = "seen"
+    return "dualpipe_ext" in get_gradient_edge(parameter).node.metadata
 
 
 def accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
@@ -206,6 +183,8 @@ class _DelayedLinear(torch.autograd.Function):
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> bool:
     """total += a @ b within the GEMM; False where there is none that can."""
+    if not a.numel():
+        return True
     if total.dtype == a.dtype:
         total.addmm_(a, b)
         return True

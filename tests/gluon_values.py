@@ -35,8 +35,9 @@ class Tensor:
     shape = property(lambda self: list(self.data.shape))
     dtype = property(lambda self: self.data.dtype)
 
-    def to(self, dtype):
-        return Tensor(self.data.to(dtype), self.type.layout)
+    def to(self, dtype, bitcast=False):
+        data = self.data.view(dtype) if bitcast else self.data.to(dtype)
+        return Tensor(data, self.type.layout)
 
     def reshape(self, shape):
         return Tensor(self.data.reshape(shape))
@@ -87,9 +88,9 @@ for _name in (
     setattr(Tensor, f"__{_name}__", _binary(_name, False))
     if _name in ("add", "sub", "mul", "truediv"):
         setattr(Tensor, f"__r{_name}__", _binary(_name, True))
-for _name in ("and_", "or_"):
-    setattr(Tensor, f"__{_name}_".replace("___", "__"), _binary(_name, False))
 Tensor.__and__, Tensor.__or__ = _binary("and_", False), _binary("or_", False)
+for _name in ("xor", "lshift", "rshift"):
+    setattr(Tensor, f"__{_name}__", _binary(_name, False))
 Tensor.__hash__ = None
 
 

@@ -51,6 +51,17 @@ def test_any_shape_on_one_rank(routing, tokens, topk, seed):
         check_case(exchange, case)
 
 
+@pytest.mark.parametrize(
+    ("comm_sms", "form"),
+    [(0, "unique"), (16, "unique"), (17, "expert"), (0.125, "unique"), (0.13, "expert")],
+)
+def test_form_by_default(comm_sms, form):
+    """Few SMs send unique rows; both forms have the same results, see `check_case`."""
+    sizes = dict(hidden=8, num_experts=8, topk=2, max_tokens=4)
+    with Exchange(comm_sms=comm_sms, device="cpu", **sizes) as exchange:
+        assert exchange.form == form
+
+
 def test_gradients(gloo_workers_4):
     gloo_workers_4.run(check_gradients, "reference")
 

@@ -113,6 +113,46 @@ def test_main_grad_takes_the_weight_gradients():
     assert torch.equal(w13.main_grad[1], torch.full_like(w13.main_grad[1], 2.0))
 
 
+def totals_like(tensor, how):
+    """A total of ones: what the weight gradients are added to, or what they are not."""
+    if how == "strided":
+        return torch.ones(tensor.mT.shape, dtype=tensor.dtype).mT
+    if how == "unaligned":
+        return torch.ones(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+    return torch.ones_like(tensor, dtype=torch.float32 if how == "fp32" else tensor.dtype)
+
+
+@pytest.mark.parametrize("how", ["alike", "fp32", "strided", "unaligned"])
+def test_totals_take_the_weight_gradients(how):
+    """In bf16 bit for bit what a second pass gives. What no kernel adds to stays as it is."""
+    problem, dout = make_problem((3, 0, 60), 16, 8, torch.bfloat16)
+    _, saved = mlp_forward(*problem)
+    mlp_dgrad(dout, saved)
+    want = mlp_wgrad(dout, saved)
+    totals = [totals_like(weight, how) for weight in problem[2:4]]
+    before = [total.clone() for total in totals]
+    found = mlp_wgrad(dout, saved, totals=totals)
+    for got, total, first, gradient in zip(found, totals, before, want, strict=True):
+        if how in ("strided", "unaligned"):
+            assert torch.equal(got, gradient) and torch.equal(total, first)
+            continue
+        assert got is None
+        if how == "alike":
+            assert torch.equal(total, first + gradient)
+        else:
+            assert relative_error(total - 1, gradient.float()) < 5e-3
+
+
+def test_a_main_grad_comes_before_a_total():
+    problem, dout = make_problem((3, 60), 16, 8, torch.bfloat16)
+    w13 = torch.nn.Parameter(problem[2])
+    w13.main_grad, total = torch.zeros(w13.shape), torch.zeros_like(problem[2])
+    _, saved = mlp_forward(*problem[:2], w13, *problem[3:])
+    mlp_dgrad(dout, saved)
+    dw13, dw2 = mlp_wgrad(dout, saved, totals=(total, None))
+    assert dw13 is None and dw2 is not None and w13.main_grad.any() and not total.any()
+
+
 @pytest.mark.parametrize(
     "forward, backward, wanted",
     [

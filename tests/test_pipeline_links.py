@@ -123,7 +123,13 @@ def test_host_links_have_a_limit(gloo_workers_2):
 
 def as_on_gpus(pipeline):
     """Open the links that a pipeline of GPUs without peer memory would use."""
-    pipeline_links._make_nccl = dist.ProcessGroupGloo
+
+    def make(store, rank, size, limit):
+        # NCCL's watchdog ends the process: not before the ranks could agree on an error.
+        assert limit.total_seconds() == 2 * pipeline.timeout
+        return dist.ProcessGroupGloo(store, rank, size, limit)
+
+    pipeline_links._make_nccl = make
     pipeline.links._host = HostLinks(pipeline._agreement, pipeline.device)
     return pipeline
 

@@ -183,3 +183,36 @@ def test_gradients_that_cannot_be_added_to_in_place(how):
     for name in (LINEAR, EXPERTS):
         found, want = (m.get_parameter(name).grad for m in (model, expected))
         assert relative_error(found.detach(), totals[name] if how == "frozen" else want) < 1e-6
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weights_may_come_in_any_grad_mode(mode):
+    model, expected = small.stage(1), small.stage(1)
+    expected.load_state_dict(model.state_dict())
+    torch.manual_seed(6)
+    for _ in range(2):
+        x, dy = torch.randn(2, 2, 7, 16)
+        for stage in (model, expected):
+            chunk = stage.start_chunk(x)
+            chunk.forward()
+            chunk.backward_input((dy,))
+            if stage is model:
+                with mode():
+                    chunk.backward_weight()
+            else:
+                chunk.backward_weight()
+    for name, p in expected.named_parameters():
+        assert relative_error(small.gradients(model)[name], p.grad) < 1e-6, name
+
+
+def test_a_hook_on_autograds_node_changes_what_is_added():
+    """Nothing is added past a node that somebody keeps."""
+    model, expected = small.stage(1), small.stage(1)
+    expected.load_state_dict(model.state_dict())
+    nodes = [get_gradient_edge(model.get_parameter(name)).node for name in (LINEAR, EXPERTS)]
+    for node in nodes:
+        node.register_prehook(lambda gradients: (2 * gradients[0],))
+    run_chunks(model), run_chunks(expected)
+    for name in (LINEAR, EXPERTS):
+        found, want = (m.get_parameter(name).grad for m in (model, expected))
+        assert relative_error(found, 2 * want) < 1e-6

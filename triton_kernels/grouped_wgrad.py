@@ -1,7 +1,6 @@
 """dW[l] = y[rows of l].T @ x[rows of l]: weight gradients, launches that a scheduler may delay.
 
-Adding to main_grad on a Hopper GPU is `grouped_wgrad_hopper`'s, as is what draws its tiles; the
-kernel here does the rest.
+On a Hopper GPU dw in bf16 and fp32 is `grouped_wgrad_hopper`'s; the kernel here does the rest.
 """
 
 import torch
@@ -103,12 +102,13 @@ def grouped_wgrad(
     """dw[l] = y_l.T @ x_l, or += with `accumulate`.
 
     y   [R, M], x [R, N]; rows that pad an expert must be zero in one and finite in the other
-    dw  [L, M, N]; fp32 with `accumulate`. An expert without rows gets zeros, or keeps its values.
+    dw  [L, M, N], the dtype of y, or fp32 with `accumulate`. An expert without rows gets zeros, or
+        keeps its values.
 
     `config` is a TileConfig, or a WgradConfig for the Gluon kernel, which Hopper GPUs run for dw in
     bf16 and fp32. It always draws its tiles, as grouped_gemm.grouped_gemm does to take over SMs.
     """
-    narrow = dw.dtype == torch.float16  # never measured, nor tried
+    narrow = dw.dtype == torch.float16  # the other kernel was never tried with it
     if config is None and (narrow or not is_hopper(y.device)):
         config = WGRAD_ACCUMULATE if accumulate else WGRAD
     if not isinstance(config, TileConfig):

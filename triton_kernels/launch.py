@@ -37,7 +37,9 @@ def cache_launches(kernel=None, *, in_pairs=False):
 
     `in_pairs`: from the second launch on, an even number of programs are clusters of two, which
     share nothing. A cluster needs SMs of one GPC, and a kernel of 124 single programs may leave one
-    free in each of eight GPCs: communication launched in pairs then waits for its end.
+    free in each of eight GPCs: communication launched in pairs then waits for its end. (So a graph
+    should capture launches that have run once. An odd `comm_sms` communicates in single CTAs, which
+    find room anywhere.)
     """
     if kernel is None:
         return functools.partial(cache_launches, in_pairs=in_pairs)

@@ -34,16 +34,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .arithmetic import ceil_div
 from .attention_tiles import allocate, allocate_barriers
 from .boxes import describe
 from .launch import cache_launches
 from .router_tiles import (
     BLOCK_E,
-    ceil_div,
     columns_of,
     even_grid,
     even_splits,
 )
+from .tiles_hopper import split_columns
 
 __all__ = ["HopperConfig", "logits_hopper", "split_weight"]
 
@@ -218,23 +219,15 @@ def load_stages(
 
 
 @gluon.jit
-def split_columns(x):
-    """Left and right half of [rows, columns]: renames registers, an MMA thread has both halves."""
-    rows: gl.constexpr = x.shape[0]
-    half: gl.constexpr = x.shape[1] // 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half, 16])
-    left, right = x.reshape([rows, 2, half]).permute((0, 2, 1)).split()
-    left = gl.convert_layout(left, layout, assert_trivial=True)
-    return left, gl.convert_layout(right, layout, assert_trivial=True)
-
-
-@gluon.jit
 def leave_sums(sums, parts_ptr, tokens, again, STRIDE: gl.constexpr):
     """Stores sums [64 experts, N tokens] as rows of tokens, added to what is there if `again`: what
     a thread left there it finds. 64 tokens at a time, 32 numbers a thread."""
     if sums.shape[1] > 64:
-        left, right = split_columns(sums)
         half: gl.constexpr = sums.shape[1] // 2
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half, 16])
+        left, right = split_columns(sums)
+        left = gl.convert_layout(left, layout, assert_trivial=True)
+        right = gl.convert_layout(right, layout, assert_trivial=True)
         leave_sums(left, parts_ptr, tokens, again, STRIDE)
         leave_sums(right, parts_ptr + half * STRIDE, tokens - half, again, STRIDE)
     else:

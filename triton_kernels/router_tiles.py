@@ -22,7 +22,7 @@ __all__ = [
 MAX_COLUMNS = 512
 BLOCK_E = 128  # columns of a part at most
 HOPPER_COLUMNS = 256  # of the kernels that are only for Hopper
-HOPPER_TOKENS = 1 << 18  # blocks of 64 are counted in 13 bits
+HOPPER_TOKENS = 1 << 18  # whose probabilities add up in 46 bits with 2^-27 each
 EVEN = 128  # SMs that work is cut for, whatever num_sms is, so that it changes no bit
 
 

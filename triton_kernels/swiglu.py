@@ -24,7 +24,7 @@ __all__ = ["swiglu", "swiglu_backward", "vectors"]
 WARPS = 32
 TILE = 32 * WARPS * 16  # bytes of one tensor
 STAGES = 4  # 96 and 144 KB of shared memory
-COLUMNS = (1024, 512, 256)  # of a tile, the first that divides D, so that no thread is idle
+COLUMNS = (1024, 512, 256)  # of a tile: the first that divides D, or the last
 
 
 @triton.jit
