@@ -8,9 +8,10 @@ PYTHON ?= python3
 ARGS ?=
 RUN := build/run
 
-# A launcher made for another interpreter is out of date.
+# A launcher made for another interpreter, or for one that is gone, is out of date.
 asked := $(shell command -v $(PYTHON))
-stale := $(if $(filter $(asked),$(shell cat build/asked 2>/dev/null)),,FORCE)
+alive := $(shell build/run python -c "" 2>/dev/null && cat build/asked)
+stale := $(if $(filter $(asked),$(alive)),,FORCE)
 
 .PHONY: extension help demo test lint format bench info clean distclean FORCE
 
