@@ -17,7 +17,7 @@ layer 1" (▲), "compute: mlp W": the profiler's trace files take ASCII only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 
@@ -49,9 +49,9 @@ class OverlappedPair:
             a pair. None: the layer's number, and those that do not communicate where it has none,
             which is also the most that the exchange's number may be.
         take_over: GEMMs without a number take all SMs and draw their tiles from a counter, so that
-            programs for which communication leaves no room take what is left as soon as it ends
-            (bf16 on Hopper; others leave room). Faster where GEMMs are short: communication that
-            comes second waits for one to end.
+            programs for which communication leaves no room take what is left as soon as it ends.
+            For communication that comes second the first programs leave after the tile that they
+            have (bf16 on Hopper; others leave room from the start).
         weight_delay: "off": a layer's weight gradients come with its input gradients. "experts":
             those of our expert MLP come after the input gradients have left for the dispatch▲.
             "all": also those of attention, the rest of the block and the stage's two ends; the
@@ -228,7 +228,8 @@ class OverlappedPair:
         before = [(exchange.comm_sms, exchange.num_sms) for exchange in exchanges]
         for exchange in exchanges:
             _set_sms(exchange, self.comm_sms, self.num_sms)
-        self._lanes.open()
+        claim = max((exchange.comm_sms for exchange in exchanges), default=0)
+        self._lanes.open(claim if self.take_over else 0)
         try:
             yield
         finally:
@@ -254,8 +255,11 @@ class _Lanes:
         # High priority: the few SMs that communication takes should not wait for a GEMM to end.
         self._comm = torch.cuda.Stream(device, priority=-1) if self._cuda else None
         self._compute: torch.cuda.Stream | None = None
+        self._claim = 0
 
-    def open(self) -> None:
+    def open(self, claim: int) -> None:
+        """`claim`: SMs that kernels on the compute lane give up while the other communicates."""
+        self._claim = claim
         if self._cuda:
             self._compute = torch.cuda.current_stream(self._comm.device)
             self._comm.wait_stream(self._compute)
@@ -289,7 +293,7 @@ class _Lanes:
             if track is not None and track.lane not in (None, lane):
                 stream.wait_event(track.event)
             if lane == "comm":
-                with torch.cuda.stream(stream):
+                with torch.cuda.stream(stream), self._claimed():
                     found = function(*args)
             else:  # already the current one
                 found = function(*args)
@@ -301,6 +305,19 @@ class _Lanes:
                     if tensor is not None:
                         tensor.record_stream(other)
         return found
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        if not self._claim:
+            yield
+            return
+        from .triton_kernels.claims import claim_sms
+
+        claim_sms(self._comm.device, self._claim)
+        try:
+            yield
+        finally:
+            claim_sms(self._comm.device, 0)
 
 
 def _exchanges(chunks: Sequence[StageChunk]) -> list[Exchange]:

@@ -118,7 +118,7 @@ def flat(x: torch.Tensor) -> torch.Tensor:
     return whole[x.storage_offset() :]
 
 
-def load(pointer, mask=None, other=0.0):
+def load(pointer, mask=None, other=0.0, cache_modifier=""):
     offset = pointer.offset
     if not isinstance(offset, torch.Tensor):
         return pointer.memory[offset].item()

@@ -32,7 +32,7 @@ EXPERTS = 256  # as many as the kernels have to keep first rows of in registers
 # of three warpgroups has.
 RESOURCES = {
     "gate_up": (168, 213464),
-    "gate_up, take over": (168, 213464),
+    "gate_up, take over": (168, 213480),
     "gate_up, inference": (168, 213448),
     "d_gate_up": (168, 213508),
     "d_gate_up, take over": (168, 213480),

@@ -49,12 +49,14 @@ def by_hand(problem, gate_up, dout):
 
 @cache
 def emulated():
-    from tests.gluon_emulator import Tensor, atomic_add, emulate
+    from tests.gluon_emulator import Tensor, atomic_add, emulate, load
 
-    gemm, swiglu = emulate(ROOT / "triton_kernels", "grouped_hopper", "grouped_hopper_swiglu")
+    names = ("grouped_hopper", "grouped_hopper_swiglu", "tiles_hopper")
+    gemm, swiglu, tiles = emulate(ROOT / "triton_kernels", *names)
 
-    def draw(counter):
-        return Tensor(torch.tensor([atomic_add(counter, 1)]))
+    def draw(counter, claim):
+        drawn = tiles.GONE if tiles.gives_way(claim) else atomic_add(counter, 1)
+        return Tensor(torch.tensor([drawn]))
 
     def prefetch(address, size):
         last = address.offset + size.data // 2
@@ -63,7 +65,8 @@ def emulated():
         prefetched.append(int(size.data.sum()))
 
     prefetched = []
-    gemm.draw, swiglu.prefetch, swiglu.prefetched = draw, prefetch, prefetched
+    gemm.draw, gemm.look_at_claim = draw, load
+    swiglu.prefetch, swiglu.prefetched = prefetch, prefetched
     return gemm, swiglu
 
 

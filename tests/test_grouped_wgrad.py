@@ -43,19 +43,20 @@ def expected(y, x, offsets):
 
 @cache
 def emulated():
-    from tests.gluon_emulator import Tensor, atomic_add, emulate
+    from tests.gluon_emulator import Tensor, atomic_add, emulate, load
 
-    (module,) = emulate(ROOT / "triton_kernels", "grouped_wgrad_hopper")
+    module, tiles = emulate(ROOT / "triton_kernels", "grouped_wgrad_hopper", "tiles_hopper")
 
-    def draw(counter):
-        return Tensor(torch.tensor([atomic_add(counter, 1)]))
+    def draw(counter, claim):
+        drawn = tiles.GONE if tiles.gives_way(claim) else atomic_add(counter, 1)
+        return Tensor(torch.tensor([drawn]))
 
     def prefetch(address, size):
         assert (size.data > 0).all() and not (size.data % 16).any()
         last = address.offset + size.data // address.memory.element_size()
         assert address.offset.min() >= 0 and last.max() <= len(address.memory)
 
-    module.draw, module.prefetch = draw, prefetch
+    module.draw, module.prefetch, module.look_at_claim = draw, prefetch, load
     return module
 
 
@@ -90,6 +91,28 @@ def test_launches_add_up_and_sm_count_changes_no_bit():
         results.append(dw)
     assert relative_error(results[0], 2 * expected(y, x, offsets)) < 1e-6
     assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
+
+
+@pytest.mark.parametrize("claim", [0, 1, 2, 3, 8])
+def test_programs_that_give_way_leave_no_tile(claim, monkeypatch):
+    """The first `claim` of three programs draw nothing; where that would be all, they stay."""
+    module, drawn = emulated(), []
+    word = torch.full((1,), claim, dtype=torch.int32)
+    monkeypatch.setattr(module, "claim_word", lambda device: word)
+    real = module.draw
+
+    def draw(counter, claim):
+        found = real(counter, claim)
+        if int(found.data) != module.GONE:
+            drawn.append(module.gl.program_id(0))
+        return found
+
+    monkeypatch.setattr(module, "draw", draw)
+    y, x, offsets = make_problem((256, 0, 128), 264, 200, 64)
+    dw = torch.zeros(3, 264, 200)
+    module.grouped_wgrad_hopper(y, x, offsets, dw, accumulate=True, num_sms=3)
+    assert relative_error(dw, expected(y, x, offsets)) < 1e-6
+    assert set(drawn) == (set(range(claim, 3)) or {0, 1, 2})
 
 
 def test_the_emulated_kernel_can_fail():

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from dualpipe_ext import block
+from dualpipe_ext import block, overlap
 from dualpipe_ext.block import RoutedExperts, TransformerBlock
 from dualpipe_ext.exchange import Exchange
 from dualpipe_ext.grouped_mlp import grouped_mlp
 from dualpipe_ext.overlap import OverlappedPair
 from dualpipe_ext.router import Router
 from dualpipe_ext.stage import TransformerStage
+from dualpipe_ext.triton_kernels import claims
 from dualpipe_ext.weight_gradients import delay_linears
 from tests import small_transformer as small
 from tests.dense_moe import relative_error
@@ -268,6 +269,24 @@ def test_sms_of_experts(capability, precision, num_sms, take_over, comm_sms, exp
     assert chunk.beside_communication(num_sms, take_over) == expected
     moe.num_sms = 7
     assert chunk.beside_communication(None, take_over) == (7, take_over)
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_claims_end_with_what_communicates(error, monkeypatch):
+    written, lanes = [], overlap._Lanes(torch.device("cpu"))
+    monkeypatch.setattr(claims, "claim_sms", lambda device, count: written.append(count))
+    lanes._comm = SimpleNamespace(device=torch.device("cpu"))
+    with lanes._claimed():
+        assert written == []  # GEMMs that leave room need not be asked
+    lanes.open(8)
+    try:
+        with lanes._claimed():
+            assert written == [8]
+            if error is not None:
+                raise error
+    except ValueError:
+        pass
+    assert written == [8, 0]
 
 
 def test_plan_lives_until_the_compute_lane_is_behind_its_last_reader():

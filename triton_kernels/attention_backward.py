@@ -37,6 +37,7 @@ from .attention_tiles import (
     load_split,
     locate_tile,
     matrix,
+    next_tile,
     receive,
     scratch_row,
     send,
@@ -104,7 +105,7 @@ def load_steps(
     rest_smem,
     facts_smem,
     barriers,
-    counter,
+    drawn_from,
     CAUSAL: gl.constexpr,
     VARLEN: gl.constexpr,
     REST: gl.constexpr,
@@ -170,7 +171,7 @@ def load_steps(
                     tma.async_copy_global_to_shared(delta_desc, at, full, delta_smem.index(slot))
                     count += 1
                 scratch += padded
-        tile = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        tile = next_tile(drawn_from, num_tiles)
     mbarrier.wait(kv_empty.index(0), (tile_count & 1) ^ 1)
     send(facts_smem, 0, (0,), 1)
     mbarrier.arrive(kv_full.index(0))
@@ -293,6 +294,7 @@ def attention_backward_kernel(
     starts_q_table,
     starts_k_table,
     counter_ptr,
+    claim_ptr,
     scale,
     num_tiles,
     num_n,
@@ -354,8 +356,8 @@ def attention_backward_kernel(
             ),
             (
                 load_steps,
-                (sources, tiles, tables, smem, rest, facts_smem, barriers, counter_ptr, CAUSAL,
-                 VARLEN, REST, STAGES, ROWS),
+                (sources, tiles, tables, smem, rest, facts_smem, barriers,
+                 (counter_ptr, claim_ptr), CAUSAL, VARLEN, REST, STAGES, ROWS),
             ),
         ],
         [4, 1],

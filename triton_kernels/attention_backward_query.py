@@ -35,6 +35,7 @@ from .attention_tiles import (
     load_split,
     locate_tile,
     matrix,
+    next_tile,
     receive,
     scratch_row,
     send,
@@ -76,7 +77,7 @@ def load_tiles(
     rest_smem,
     facts_smem,
     barriers,
-    counter,
+    drawn_from,
     CAUSAL: gl.constexpr,
     VARLEN: gl.constexpr,
     REST: gl.constexpr,
@@ -139,7 +140,7 @@ def load_tiles(
                 place = box(b, h // share, k_start, k_rows, row, 0, VARLEN)
                 tma.async_copy_global_to_shared(v_desc, place, full, v_smem.index(slot))
                 count += 1
-        tile = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        tile = next_tile(drawn_from, num_tiles)
     mbarrier.wait(q_empty.index(0), (tile_count & 1) ^ 1)
     send(facts_smem, 0, (0,), 1)
     mbarrier.arrive(q_full.index(0))
@@ -299,6 +300,7 @@ def query_gradient_kernel(
     starts_q_table,
     starts_k_table,
     counter_ptr,
+    claim_ptr,
     scale,
     num_tiles,
     num_m,
@@ -345,8 +347,8 @@ def query_gradient_kernel(
             ),
             (
                 load_tiles,
-                (sources, tiles, tables, smem, rest, facts_smem, barriers, counter_ptr, CAUSAL,
-                 VARLEN, REST, STAGES, ROWS),
+                (sources, tiles, tables, smem, rest, facts_smem, barriers,
+                 (counter_ptr, claim_ptr), CAUSAL, VARLEN, REST, STAGES, ROWS),
             ),
         ],
         [4, 1],

@@ -36,6 +36,7 @@ from .attention_tiles import (
     load_split,
     locate_tile,
     matrix,
+    next_tile,
     receive,
     send,
     sequence_span,
@@ -82,7 +83,7 @@ def load_tiles(
     v_smem,
     facts_smem,
     barriers,
-    counter,
+    drawn_from,
     CAUSAL: gl.constexpr,
     VARLEN: gl.constexpr,
     REST: gl.constexpr,
@@ -149,7 +150,7 @@ def load_tiles(
                     place = box(b, h // share, k_start, k_rows, row, 0, VARLEN)
                     tma.async_copy_global_to_shared(v_desc, place, full, v_smem.index(slot))
                     v_count += 1
-        tile = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        tile = next_tile(drawn_from, num_tiles)
     # Both warpgroups read the end off the last slot.
     slot = q_count % Q_STAGES
     mbarrier.wait(q_empty.index(slot), (q_count // Q_STAGES & 1) ^ 1)
@@ -352,6 +353,7 @@ def attention_forward_kernel(
     starts_q_table,
     starts_k_table,
     counter_ptr,
+    claim_ptr,
     scale,
     num_tiles,
     num_m,
@@ -398,8 +400,8 @@ def attention_forward_kernel(
             ),
             (
                 load_tiles,
-                (descriptors, tiles, tables, q, k, v_smem, facts_smem, barriers, counter_ptr,
-                 CAUSAL, VARLEN, REST, BLOCK, Q_STAGES, STAGES, ROWS),
+                (descriptors, tiles, tables, q, k, v_smem, facts_smem, barriers,
+                 (counter_ptr, claim_ptr), CAUSAL, VARLEN, REST, BLOCK, Q_STAGES, STAGES, ROWS),
             ),
         ],
         [4, 1],

@@ -18,6 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arithmetic import ceil_div
 from .boxes import describe
+from .claims import claim_word
 
 ROWS = 128  # rows of a tile: 64 for each of the two warpgroups
 LOG2_E = 1.4426950408889634
@@ -42,6 +43,21 @@ INTEGERS += ["num_m", "num_n", "padded"]
 # With stride s the third index, 2^30, adds 2^30 (2^34 - s) elements of a power of two of bytes,
 # which modulo 2^64 takes the 2^30 s away again (as in triton.tools.ragged_tma).
 FAR = gl.constexpr(1 << 30)
+
+
+@gluon.jit
+def next_tile(drawn_from, num_tiles):
+    """The tile after a program's own first one, `num_tiles` or more where there is none.
+
+    drawn_from  counter of tiles, and the SMs that communication claims: the first programs leave
+                theirs (`claims`), the last one never.
+    """
+    counter, claim_ptr = drawn_from
+    claim = gl.load(claim_ptr, cache_modifier=".cv")
+    tile = num_tiles
+    if (gl.program_id(0) >= claim) | (claim >= gl.num_programs(0)):
+        tile = gl.num_programs(0) + gl.atomic_add(counter, 1)
+    return tile
 
 
 @gluon.jit
@@ -273,7 +289,8 @@ def lay_out(
     num_tiles = outer * blocks
     # Where programs draw tile numbers from, beyond their own.
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    drawn_from = (counter, claim_word(q.device))
     tables = (starts_q, starts_k) if varlen else (counter, counter)
     sequences = starts_q.shape[0] - 1 if varlen else B
     sizes = (num_tiles, blocks, N, share, outer, group, sequences, q_length, k_length)
-    return (max(1, min(num_sms, num_tiles)),), (*tables, counter, scale * LOG2_E, *sizes)
+    return (max(1, min(num_sms, num_tiles)),), (*tables, *drawn_from, scale * LOG2_E, *sizes)

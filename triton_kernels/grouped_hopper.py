@@ -34,12 +34,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .arithmetic import ceil_div
 from .attention_tiles import allocate, allocate_barriers, allocate_integers, send
 from .boxes import describe
+from .claims import claim_word
 from .launch import cache_launches
 from .tiles_hopper import (
     DRAW_AHEAD,
     draw,
     load_starts,
     locate_tile,
+    look_at_claim,
     receive,
     register_steps,
     split_columns,
@@ -87,7 +89,7 @@ def load_tiles(
     facts_smem,
     barriers,
     offsets_ptr,
-    counter_ptr,
+    drawn_from,
     num_experts,
     N,
     K,
@@ -98,7 +100,8 @@ def load_tiles(
     STEPS: gl.constexpr,
     TAKE_OVER: gl.constexpr,
 ):
-    """The loading warp."""
+    """The loading warp. `drawn_from`: the counter of tiles, and communication's claim."""
+    counter_ptr, claim_ptr = drawn_from
     full, empty, facts_full, facts_empty, _d_full, _d_empty = barriers
     WIDTH: gl.constexpr = CHUNK * CHUNKS
     DEPTH: gl.constexpr = rows_desc.block_type.shape[1]
@@ -114,7 +117,7 @@ def load_tiles(
     count = 0
     tile = gl.program_id(0)
     if TAKE_OVER:
-        drawn = draw(counter_ptr)
+        drawn = draw(counter_ptr, look_at_claim(claim_ptr))
         tile = gl.sum(drawn, 0)
     while tile < num_tiles:
         expert, m, n_tile = locate_tile(tile, starts, end, num_n, ROWS, GROUP_M)
@@ -124,9 +127,11 @@ def load_tiles(
         send(facts_smem, slot, (1, m, n_tile), FACTS)
         mbarrier.arrive(facts_full.index(slot))
         count += 1
+        if TAKE_OVER:
+            claim = look_at_claim(claim_ptr)
         for k in range(num_k):
             if TAKE_OVER and k == max(num_k - DRAW_AHEAD, 0):
-                drawn = draw(counter_ptr)
+                drawn = draw(counter_ptr, claim)
             slot = steps % STAGES
             mbarrier.wait(empty.index(slot), (steps // STAGES & 1) ^ 1)
             ready = full.index(slot)
@@ -292,6 +297,7 @@ def grouped_gemm_hopper_kernel(
     out_desc,
     offsets_ptr,
     counter_ptr,
+    claim_ptr,
     num_experts,
     N,
     K,
@@ -316,8 +322,9 @@ def grouped_gemm_hopper_kernel(
             (store_tiles, (out_desc, d, facts, barriers)),
             (
                 load_tiles,
-                (rows_desc, weight_desc, rows, weight, facts, barriers, offsets_ptr, counter_ptr,
-                 num_experts, N, K, WEIGHT_IS_NK, STAGES, ROWS, GROUP_M, STEPS, TAKE_OVER),
+                (rows_desc, weight_desc, rows, weight, facts, barriers, offsets_ptr,
+                 (counter_ptr, claim_ptr), num_experts, N, K, WEIGHT_IS_NK, STAGES, ROWS, GROUP_M,
+                 STEPS, TAKE_OVER),
             ),
         ],
         [4, 1, 1],
@@ -356,6 +363,7 @@ def grouped_gemm_hopper(
         describe(out, [BLOCK_M // 2, 64]),
         expert_offsets,
         tile_counter(rows) if take_over else expert_offsets,
+        claim_word(rows.device),
         L,
         N,
         K,

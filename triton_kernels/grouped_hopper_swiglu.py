@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .arithmetic import ceil_div
 from .boxes import describe
+from .claims import claim_word
 from .grouped_hopper import (
     BLOCK_M,
     BLOCK_N,
@@ -322,6 +323,7 @@ def swiglu_backward_hopper_kernel(
     sums_ptr,
     offsets_ptr,
     counter_ptr,
+    claim_ptr,
     num_experts,
     K,
     eighth,
@@ -350,8 +352,9 @@ def swiglu_backward_hopper_kernel(
             (finish_tiles, (tensors, sizes, d, facts, barriers, True, False)),
             (
                 load_tiles,
-                (d_out_desc, w2_desc, rows, weight, facts, barriers, offsets_ptr, counter_ptr,
-                 num_experts, eighth * 8, K, False, STAGES, ROWS, GROUP_M, STEPS, TAKE_OVER),
+                (d_out_desc, w2_desc, rows, weight, facts, barriers, offsets_ptr,
+                 (counter_ptr, claim_ptr), num_experts, eighth * 8, K, False, STAGES, ROWS,
+                 GROUP_M, STEPS, TAKE_OVER),
             ),
         ],
         [4, 2, 1],
@@ -373,6 +376,7 @@ def gate_up_hopper_kernel(
     row_weight_ptr,
     offsets_ptr,
     counter_ptr,
+    claim_ptr,
     num_experts,
     K,
     eighth,
@@ -401,8 +405,9 @@ def gate_up_hopper_kernel(
             (finish_tiles, (tensors, sizes, d, facts, barriers, False, SAVE)),
             (
                 load_tiles,
-                (rows_desc, w13_desc, rows, weight, facts, barriers, offsets_ptr, counter_ptr,
-                 num_experts, eighth * 16, K, True, STAGES, ROWS, GROUP_M, STEPS, TAKE_OVER),
+                (rows_desc, w13_desc, rows, weight, facts, barriers, offsets_ptr,
+                 (counter_ptr, claim_ptr), num_experts, eighth * 16, K, True, STAGES, ROWS,
+                 GROUP_M, STEPS, TAKE_OVER),
             ),
         ],
         [4, 2, 1],
@@ -443,6 +448,7 @@ def gate_up_hopper(
         row_weight,
         expert_offsets,
         tile_counter(rows) if take_over else expert_offsets,
+        claim_word(rows.device),
         L,
         H,
         I // 8,
@@ -486,6 +492,7 @@ def swiglu_backward_hopper(
         sums,
         expert_offsets,
         sums[zeros - 1 : zeros].view(torch.int32),
+        claim_word(d_out.device),
         L,
         H,
         I // 8,

@@ -29,8 +29,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .arithmetic import ceil_div
 from .attention_tiles import allocate, allocate_barriers, allocate_integers, matrix, send
 from .boxes import describe
+from .claims import claim_word
 from .launch import cache_launches
-from .tiles_hopper import DRAW_AHEAD, draw, prefetch, receive, split_columns, tile_counter
+from .tiles_hopper import (
+    DRAW_AHEAD,
+    GONE,
+    draw,
+    look_at_claim,
+    prefetch,
+    receive,
+    split_columns,
+    tile_counter,
+)
 from .tma_reduce import async_reduce_add
 
 WIDE = gl.constexpr(256)  # columns of a warpgroup's results: 128 registers a thread
@@ -74,13 +84,14 @@ def load_operands(
     smem,
     barriers,
     offsets,
-    counter,
+    drawn_from,
     sizes,
     ACCUMULATE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """The loading warp. Tiles count expert by expert; when accumulating, only experts with rows."""
     num_experts, num_a, num_b, rows = sizes
+    counter, claim_ptr = drawn_from
     a_smem, b_smem, strips, facts_smem = smem
     full, empty, facts_full, facts_empty = barriers
     TURNED: gl.constexpr = strips.dtype == gl.float32
@@ -89,7 +100,7 @@ def load_operands(
     stage_bytes: gl.constexpr = 2 * a_desc.block_type.nbytes + b_desc.block_type.nbytes
     tiles_an_expert = num_a * num_b
 
-    drawn = draw(counter)
+    drawn = draw(counter, look_at_claim(claim_ptr))
     count = 0
     step = 0
     # `rank` experts before `expert` have tiles.
@@ -100,7 +111,9 @@ def load_operands(
     while expert < num_experts:
         tile = gl.sum(drawn, 0)
         wanted = tile // tiles_an_expert
-        if ACCUMULATE:
+        if tile == GONE:
+            expert = num_experts
+        elif ACCUMULATE:
             while (expert < num_experts) & ((end <= start) | (rank < wanted)):
                 if end > start:
                     rank += 1
@@ -133,9 +146,10 @@ def load_operands(
                 send(facts_smem, slot, (num_k, expert, a, b), FACTS)
             mbarrier.arrive(facts_full.index(slot))
             count += 1
+            claim = look_at_claim(claim_ptr)
             for k in range(num_k):
                 if k == max(num_k - DRAW_AHEAD, 0):
-                    drawn = draw(counter)
+                    drawn = draw(counter, claim)
                 slot = step % STAGES
                 mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
                 here = full.index(slot)
@@ -288,6 +302,7 @@ def grouped_wgrad_hopper_kernel(
     dw_ptr,
     offsets_table,
     counter_ptr,
+    claim_ptr,
     num_experts,
     num_a,
     num_b,
@@ -324,8 +339,8 @@ def grouped_wgrad_hopper_kernel(
             ),
             (
                 load_operands,
-                (a_desc, b_desc, smem, barriers, offsets_table, counter_ptr, sizes, ACCUMULATE,
-                 STAGES),
+                (a_desc, b_desc, smem, barriers, offsets_table, (counter_ptr, claim_ptr), sizes,
+                 ACCUMULATE, STAGES),
             ),
             (
                 carry_strips,
@@ -377,6 +392,7 @@ def grouped_wgrad_hopper(
         dw,
         expert_offsets,
         tile_counter(y),
+        claim_word(y.device),
         L,
         num_a,
         num_b,

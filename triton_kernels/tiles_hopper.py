@@ -15,24 +15,57 @@ from triton.experimental.gluon import language as gl
 DRAW_AHEAD = gl.constexpr(4)
 
 
+# What is drawn instead of a tile by a program that leaves: more than any kernel has.
+GONE = gl.constexpr(0x3FFFFFFF)
+
+
 @gluon.jit
-def draw(counter_ptr):
-    """Asks for the next number of a counter, from one warp: [32] integers that add up to it.
+def look_at_claim(claim_ptr):
+    """Asks, from one warp, how many SMs communication claims now: [32] times that number.
+
+    Nothing waits for it before it is used.
+    """
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    return gl.inline_asm_elementwise(
+        "ld.volatile.global.u32 $0, [$1];",
+        "=r,l",
+        [claim_ptr + lane * 0],
+        gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def gives_way(claim):
+    """Whether this program leaves its SM to communication, after the tile that it has.
+
+    The first `claim` programs do. The last one never does, so that all tiles find somebody.
+    """
+    return (gl.program_id(0) < claim) & (claim < gl.num_programs(0))
+
+
+@gluon.jit
+def draw(counter_ptr, claim):
+    """Asks for the next number of a counter, from one warp: [32] integers that add up to it, or to
+    GONE where the program gives way to a `look_at_claim`.
 
     Nothing waits for it before the sum is taken.
     """
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    stays = (~gives_way(claim)).to(gl.int32)
     return gl.inline_asm_elementwise(
         """
         {
-            .reg .pred first;
+            .reg .pred first, stays;
             setp.eq.s32 first, $2, 0;
-            mov.u32 $0, 0;
-            @first atom.global.add.u32 $0, [$1], 1;
+            setp.ne.and.s32 stays, $3, 0, first;
+            selp.u32 $0, 0x3FFFFFFF, 0, first;
+            @stays atom.global.add.u32 $0, [$1], 1;
         }
         """,
-        "=&r,l,r",
-        [counter_ptr + lane * 0, lane],
+        "=&r,l,r,r",
+        [counter_ptr + lane * 0, lane, stays],
         gl.int32,
         is_pure=False,
         pack=1,
