@@ -26,4 +26,4 @@ def claim_word(device: torch.device) -> torch.Tensor:
 
 def claim_sms(device: torch.device, count: int) -> None:
     """From here on in the current stream's order `count` SMs are claimed, 0: none."""
-    torch.ops.symm_mem.stream_write_value32_(claim_word(device), 0, count)
+    torch.ops.symm_mem.stream_write_value32_(claim_word(device).view(torch.uint32), 0, count)
