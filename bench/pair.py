@@ -224,9 +224,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     add("--weight-delay", nargs="+", choices=WEIGHT_DELAYS, default=["all", "experts", "off"],
         help="the first with every split, the others with the fastest (%(default)s)")  # fmt: skip
-    add("--mlp-sms", nargs="+", choices=MLP_SMS, default=["rest"],
-        help="SMs of GEMMs in a pair: those that do not communicate; take-over: all, tiles drawn "
-        "from a counter")  # fmt: skip
+    add("--mlp-sms", nargs="+", choices=MLP_SMS, default=["take-over"],
+        help="SMs of GEMMs in a pair: all, tiles drawn from a counter; rest: equal shares on those "
+        "that do not communicate (%(default)s)")  # fmt: skip
     add("--graphs", action="store_true",
         help="time CUDA graphs, without the host; the trace is of plain calls")  # fmt: skip
     add("--layers", type=int, default=2, help="blocks of the stage (%(default)s)")

@@ -20,13 +20,22 @@ from dualpipe_ext.exchange import CHANNELS
 from dualpipe_ext.overlap import OverlappedPair
 from dualpipe_ext.stage import WEIGHT_DELAYS, StageChunk, TransformerStage
 
-__all__ = ["FORMS", "HOST_US", "MLP_SMS", "SEQUENCE", "SHAPES", "GraphWorkload", "Workload"]
+__all__ = [
+    "FORMS",
+    "HOST_US",
+    "MLP_SMS",
+    "SEQUENCE",
+    "SHAPES",
+    "GraphWorkload",
+    "Workload",
+    "sms_of_gemms",
+]
 
 # name: tokens a rank, hidden, expert width, experts, topk
 SHAPES = LAYER_SHAPES | {"tiny": (64, 64, 32, 16, 2)}
 SEQUENCE = 4096
 FORMS = ("expert", "unique")
-MLP_SMS = ("rest", "take-over")
+MLP_SMS = ("take-over", "rest")
 HOST_US = 8000  # a call without waits keeps the host busy for about as long
 TIMEOUT = 60.0  # seconds until a rank that fails ends the others
 SHORT, LONG = 2, 6  # micro-batches of a graph
@@ -35,6 +44,13 @@ ROOM = 1.3  # rows that a rank's experts may get, over the mean
 # A launch, a forward and a backward of all layers: ("pair", form, comm_sms, mlp_sms, weight_delay),
 # ("in order" or "comm", form, comm_sms), ("compute", form).
 Key = tuple
+
+
+def sms_of_gemms(mlp_sms: str, comm_sms: int) -> int | None:
+    """`num_sms` of a pair; None: all, tiles drawn."""
+    if mlp_sms == "take-over" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(local_device()).multi_processor_count - comm_sms
 
 
 class Replay:
@@ -194,7 +210,8 @@ class Workload:
 
     def _set_pair(self, comm_sms: int, mlp_sms: str, weight_delay: str) -> OverlappedPair:
         pair = self.pairs[weight_delay]
-        pair.comm_sms, pair.take_over = comm_sms, mlp_sms == "take-over"
+        pair.comm_sms = comm_sms
+        pair.num_sms = sms_of_gemms(mlp_sms, comm_sms)
         return pair
 
     def _put(self, exchanges: list) -> None:

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from pair_workload import MLP_SMS
+from pair_workload import MLP_SMS, sms_of_gemms
 from ranks import (
     Stamp,
     describe_run,
@@ -143,7 +143,7 @@ class Layout:
             timeout=TIMEOUT,
             weight_delay=args.weight_delay,
             comm_sms=args.comm_sms,
-            take_over=args.mlp_sms == "take-over",
+            num_sms=sms_of_gemms(args.mlp_sms, args.comm_sms),
         )
 
     def step(self, pipeline: Pipeline, schedule: Schedule, losses: dict[str, torch.Tensor]) -> None:
@@ -428,9 +428,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--topk", type=int, default=8, help="experts of a token (%(default)s)")
     add("--form", choices=["expert", "unique"], default="expert", help="of the exchange")
     add("--comm-sms", type=int, default=16, help="SMs that communicate (%(default)s)")
-    add("--mlp-sms", choices=MLP_SMS, default="rest",
-        help="SMs of GEMMs in a pair: those that do not communicate; take-over: all, tiles drawn "
-        "from a counter")  # fmt: skip
+    add("--mlp-sms", choices=MLP_SMS, default="take-over",
+        help="SMs of GEMMs in a pair: all, tiles drawn from a counter; rest: equal shares on those "
+        "that do not communicate (%(default)s)")  # fmt: skip
     add("--weight-delay", choices=WEIGHT_DELAYS, default="all", help="(%(default)s)")
     add("--repeats", type=int, default=5, help="timed steps of each schedule (%(default)s)")
     add("--ranks", type=int, help="GPUs to use (all)")

@@ -189,21 +189,19 @@ class BlockChunk:
         """Unique rows are expanded, and summed, where the MLP runs: on the compute lane."""
         return self._moe is not None and self.exchange.form == "unique"
 
-    def beside_communication(self, num_sms: int | None, take_over: bool) -> tuple[int | None, bool]:
-        """What `mlp` and `mlp_backward` take beside communication, once the exchange is open.
-
-        Kernels that cannot draw tiles leave communication its SMs.
+    def beside_communication(self, num_sms: int | None) -> tuple[int | None, bool]:
+        """`num_sms` and `take_over` of `mlp` and `mlp_backward` beside communication, once the
+        exchange is open. Kernels that cannot draw tiles leave communication its SMs.
         """
         if not self._explicit:
             return None, False
         moe, exchange = self._moe, self.exchange
         num_sms = moe.num_sms if num_sms is None else num_sms
         if num_sms is not None or exchange.device.type != "cuda":
-            return num_sms, take_over
+            return num_sms, False
         total, (major, _) = device_facts(exchange.device)
         draws = major == 9 and moe.precision == "bf16"
-        # With copy engines, too, the communication lane has kernels: they plan, pack and add up.
-        if draws and (take_over or not exchange.comm_sms):
+        if draws:
             return None, True
         return total - exchange.comm_sms if exchange.comm_sms else None, False
 

@@ -46,12 +46,11 @@ class OverlappedPair:
         comm_sms: SMs (or a ratio) that communication takes inside a pair, see `Exchange.comm_sms`,
             which comes back to its value afterwards; None leaves it.
         num_sms: SMs that the experts' GEMMs, and the expansion and sums of unique rows, take inside
-            a pair. None: the layer's number, and those that do not communicate where it has none,
-            which is also the most that the exchange's number may be.
-        take_over: GEMMs without a number take all SMs and draw their tiles from a counter, so that
-            programs for which communication leaves no room take what is left as soon as it ends.
-            For communication that comes second the first programs leave after the tile that they
-            have (bf16 on Hopper; others leave room from the start).
+            a pair. None: the layer's number. Where it has none GEMMs take all SMs and draw their
+            tiles from a counter: programs for which communication leaves no room take what is left
+            as soon as it ends, and to communication that comes second the last programs leave
+            theirs after the tile that they have (bf16 on Hopper; others, and expansion and sums,
+            leave room from the start).
         weight_delay: "off": a layer's weight gradients come with its input gradients. "experts":
             those of our expert MLP come after the input gradients have left for the dispatch▲.
             "all": also those of attention, the rest of the block and the stage's two ends; the
@@ -71,7 +70,6 @@ class OverlappedPair:
         *,
         comm_sms: int | float | None = None,
         num_sms: int | None = None,
-        take_over: bool = False,
         weight_delay: str = "all",
     ) -> None:
         if weight_delay not in WEIGHT_DELAYS:
@@ -79,7 +77,6 @@ class OverlappedPair:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.comm_sms, self.num_sms, self.weight_delay = comm_sms, num_sms, weight_delay
-        self.take_over = take_over
         self._lanes = _Lanes(torch.device(device))
 
     def run(
@@ -155,7 +152,6 @@ class OverlappedPair:
                 'one with channel="backward"'
             )
         run, tracks = self._lanes.run, self._lanes.tracks("F1", "F2")
-        how = self.num_sms, self.take_over
         a, b = tracks
         with self._window(first, second):
             x = run("compute", a, "begin", first.begin_forward)
@@ -167,10 +163,10 @@ class OverlappedPair:
                 run("compute", b, "attention", block_b.attention, y)
                 run(_comm(block_a), a, "dispatch", block_a.dispatch)
                 run(_comm(block_b), b, "plan", block_b.plan)
-                run("compute", a, "mlp", block_a.mlp, *block_a.beside_communication(*how))
+                run("compute", a, "mlp", block_a.mlp, *block_a.beside_communication(self.num_sms))
                 run(_comm(block_b), b, "dispatch", block_b.dispatch)
                 run(_comm(block_a), a, "combine", block_a.combine)
-                run("compute", b, "mlp", block_b.mlp, *block_b.beside_communication(*how))
+                run("compute", b, "mlp", block_b.mlp, *block_b.beside_communication(self.num_sms))
                 run(_comm(block_b), b, "combine", block_b.combine)
                 x = run("compute", a, "output", block_a.output)
                 y = run("compute", b, "output", block_b.output)
@@ -186,12 +182,12 @@ class OverlappedPair:
         backward: BlockChunk | None,
     ) -> None:
         """A layer of each, or of one where the other has no more, from attention△ to combine△."""
-        run, how = self._lanes.run, (self.num_sms, self.take_over)
+        run = self._lanes.run
         if forward is not None:
             run("compute", f, "attention", forward.attention, x)
             run(_comm(forward), f, "plan", forward.plan)
         if backward is not None:
-            share = backward.beside_communication(*how)
+            share = backward.beside_communication(self.num_sms)
             if self.weight_delay == "off":
                 run("compute", b, "mlp", _mlp_backward_whole, backward, *share)
             else:
@@ -202,7 +198,7 @@ class OverlappedPair:
         if backward is not None:
             run(_comm(backward), b, "dispatch", backward.dispatch_backward)
         if forward is not None:
-            run("compute", f, "mlp", forward.mlp, *forward.beside_communication(*how))
+            run("compute", f, "mlp", forward.mlp, *forward.beside_communication(self.num_sms))
             run(_comm(forward), f, "combine", forward.combine)
 
     def _backward(
@@ -228,8 +224,7 @@ class OverlappedPair:
         before = [(exchange.comm_sms, exchange.num_sms) for exchange in exchanges]
         for exchange in exchanges:
             _set_sms(exchange, self.comm_sms, self.num_sms)
-        claim = max((exchange.comm_sms for exchange in exchanges), default=0)
-        self._lanes.open(claim if self.take_over else 0)
+        self._lanes.open(max((exchange.comm_sms for exchange in exchanges), default=0))
         try:
             yield
         finally:
@@ -255,12 +250,13 @@ class _Lanes:
         # High priority: the few SMs that communication takes should not wait for a GEMM to end.
         self._comm = torch.cuda.Stream(device, priority=-1) if self._cuda else None
         self._compute: torch.cuda.Stream | None = None
-        self._claim = 0
+        self._limit = 0  # programs of a kernel while the other lane communicates, 0: any number
 
-    def open(self, claim: int) -> None:
-        """`claim`: SMs that kernels on the compute lane give up while the other communicates."""
-        self._claim = claim
+    def open(self, comm_sms: int) -> None:
         if self._cuda:
+            total, (major, _) = device_facts(self._comm.device)
+            # Kernels that draw tiles are Hopper's.
+            self._limit = max(1, total - comm_sms) if comm_sms and major == 9 else 0
             self._compute = torch.cuda.current_stream(self._comm.device)
             self._comm.wait_stream(self._compute)
 
@@ -308,12 +304,13 @@ class _Lanes:
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
-        if not self._claim:
+        """While the GPU runs what is queued inside, kernels that draw tiles leave its SMs free."""
+        if not self._limit:
             yield
             return
         from .triton_kernels.claims import claim_sms
 
-        claim_sms(self._comm.device, self._claim)
+        claim_sms(self._comm.device, self._limit)
         try:
             yield
         finally:

@@ -89,7 +89,7 @@ class Pipeline:
             tensors travel by NCCL its own process group has the limit. A stage that fails is an
             error in its own pipeline at once; in others, whose stages wait for it in an expert
             group, when the limit of that exchange or process group is over.
-        weight_delay, comm_sms, num_sms, take_over: see `OverlappedPair`; the first also says what
+        weight_delay, comm_sms, num_sms: see `OverlappedPair`; the first also says what
             an I leaves for its W.
         recompute: run stages that are no `TransformerStage` again for their backward and keep
             their inputs only; those have an option of their own.
@@ -117,7 +117,6 @@ class Pipeline:
         weight_delay: str = "all",
         comm_sms: int | float | None = None,
         num_sms: int | None = None,
-        take_over: bool = False,
         recompute: bool = False,
     ) -> None:
         single = isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList)
@@ -134,7 +133,6 @@ class Pipeline:
             self.device,
             comm_sms=comm_sms,
             num_sms=num_sms,
-            take_over=take_over,
             weight_delay=weight_delay,
         )
         self._schedule: Schedule | None = None

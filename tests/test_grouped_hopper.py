@@ -54,8 +54,8 @@ def emulated():
     names = ("grouped_hopper", "grouped_hopper_swiglu", "tiles_hopper")
     gemm, swiglu, tiles = emulate(ROOT / "triton_kernels", *names)
 
-    def draw(counter, claim):
-        drawn = tiles.GONE if tiles.gives_way(claim) else atomic_add(counter, 1)
+    def draw(counter, limit):
+        drawn = tiles.GONE if tiles.gives_way(limit) else atomic_add(counter, 1)
         return Tensor(torch.tensor([drawn]))
 
     def prefetch(address, size):
@@ -65,7 +65,7 @@ def emulated():
         prefetched.append(int(size.data.sum()))
 
     prefetched = []
-    gemm.draw, gemm.look_at_claim = draw, load
+    gemm.draw, gemm.look_at_limit = draw, load
     swiglu.prefetch, swiglu.prefetched = prefetch, prefetched
     return gemm, swiglu
 

@@ -47,8 +47,8 @@ def emulated():
 
     module, tiles = emulate(ROOT / "triton_kernels", "grouped_wgrad_hopper", "tiles_hopper")
 
-    def draw(counter, claim):
-        drawn = tiles.GONE if tiles.gives_way(claim) else atomic_add(counter, 1)
+    def draw(counter, limit):
+        drawn = tiles.GONE if tiles.gives_way(limit) else atomic_add(counter, 1)
         return Tensor(torch.tensor([drawn]))
 
     def prefetch(address, size):
@@ -56,7 +56,7 @@ def emulated():
         last = address.offset + size.data // address.memory.element_size()
         assert address.offset.min() >= 0 and last.max() <= len(address.memory)
 
-    module.draw, module.prefetch, module.look_at_claim = draw, prefetch, load
+    module.draw, module.prefetch, module.look_at_limit = draw, prefetch, load
     return module
 
 
@@ -93,16 +93,16 @@ def test_launches_add_up_and_sm_count_changes_no_bit():
     assert torch.equal(results[0], results[1]) and torch.equal(results[1], results[2])
 
 
-@pytest.mark.parametrize("claim", [0, 1, 2, 3, 8])
-def test_programs_that_give_way_leave_no_tile(claim, monkeypatch):
-    """The first `claim` of three programs draw nothing; where that would be all, they stay."""
+@pytest.mark.parametrize("limit, stay", [(0, 3), (1, 1), (2, 2), (3, 3), (124, 3)])
+def test_programs_that_give_way_leave_no_tile(limit, stay, monkeypatch):
+    """Of three programs those beyond the limit draw nothing; 0: there is none."""
     module, drawn = emulated(), []
-    word = torch.full((1,), claim, dtype=torch.int32)
-    monkeypatch.setattr(module, "claim_word", lambda device: word)
+    word = torch.full((1,), limit, dtype=torch.int32)
+    monkeypatch.setattr(module, "program_limit", lambda device: word)
     real = module.draw
 
-    def draw(counter, claim):
-        found = real(counter, claim)
+    def draw(counter, limit):
+        found = real(counter, limit)
         if int(found.data) != module.GONE:
             drawn.append(module.gl.program_id(0))
         return found
@@ -112,7 +112,7 @@ def test_programs_that_give_way_leave_no_tile(claim, monkeypatch):
     dw = torch.zeros(3, 264, 200)
     module.grouped_wgrad_hopper(y, x, offsets, dw, accumulate=True, num_sms=3)
     assert relative_error(dw, expected(y, x, offsets)) < 1e-6
-    assert set(drawn) == (set(range(claim, 3)) or {0, 1, 2})
+    assert set(drawn) == set(range(stay))
 
 
 def test_the_emulated_kernel_can_fail():

@@ -247,18 +247,17 @@ def test_a_backward_that_takes_over_keeps_the_layers_sms(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "capability, precision, num_sms, take_over, comm_sms, expected",
+    "capability, precision, num_sms, comm_sms, expected",
     [
-        ((9, 0), "bf16", None, False, 8, (124, False)),
-        ((9, 0), "bf16", None, True, 8, (None, True)),  # tiles are drawn
-        ((9, 0), "fp8", None, True, 8, (124, False)),
-        ((10, 0), "bf16", None, True, 8, (124, False)),
-        ((9, 0), "bf16", None, False, 0, (None, True)),  # copy engines
-        ((9, 0), "fp8", None, False, 0, (None, False)),
-        ((9, 0), "fp8", 100, True, 8, (100, True)),
+        ((9, 0), "bf16", None, 8, (None, True)),  # tiles are drawn
+        ((9, 0), "bf16", None, 0, (None, True)),  # copy engines
+        ((9, 0), "bf16", 100, 8, (100, False)),
+        ((9, 0), "fp8", None, 8, (124, False)),
+        ((9, 0), "fp8", None, 0, (None, False)),
+        ((10, 0), "bf16", None, 8, (124, False)),
     ],
 )
-def test_sms_of_experts(capability, precision, num_sms, take_over, comm_sms, expected, monkeypatch):
+def test_sms_of_experts(capability, precision, num_sms, comm_sms, expected, monkeypatch):
     """Kernels with equal shares leave communication its SMs; others may draw tiles on all."""
     monkeypatch.setattr(block, "device_facts", lambda device: (132, capability))
     layer = small.block()
@@ -266,27 +265,30 @@ def test_sms_of_experts(capability, precision, num_sms, take_over, comm_sms, exp
     moe = layer.feed_forward
     moe.precision = precision
     moe.exchange = SimpleNamespace(comm_sms=comm_sms, device=torch.device("cuda"))
-    assert chunk.beside_communication(num_sms, take_over) == expected
+    assert chunk.beside_communication(num_sms) == expected
     moe.num_sms = 7
-    assert chunk.beside_communication(None, take_over) == (7, take_over)
+    assert chunk.beside_communication(None) == (7, False)
 
 
 @pytest.mark.parametrize("error", [None, ValueError])
 def test_claims_end_with_what_communicates(error, monkeypatch):
     written, lanes = [], overlap._Lanes(torch.device("cpu"))
-    monkeypatch.setattr(claims, "claim_sms", lambda device, count: written.append(count))
-    lanes._comm = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(claims, "claim_sms", lambda device, limit: written.append(limit))
+    monkeypatch.setattr(overlap, "device_facts", lambda device: (132, (9, 0)))
+    lanes._cuda, lanes._comm = True, SimpleNamespace(device="cuda", wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    lanes.open(0)
     with lanes._claimed():
-        assert written == []  # GEMMs that leave room need not be asked
+        assert written == []  # copy engines take no SM
     lanes.open(8)
     try:
         with lanes._claimed():
-            assert written == [8]
+            assert written == [124]
             if error is not None:
                 raise error
     except ValueError:
         pass
-    assert written == [8, 0]
+    assert written == [124, 0]
 
 
 def test_plan_lives_until_the_compute_lane_is_behind_its_last_reader():

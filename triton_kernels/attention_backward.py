@@ -294,7 +294,7 @@ def attention_backward_kernel(
     starts_q_table,
     starts_k_table,
     counter_ptr,
-    claim_ptr,
+    limit_ptr,
     scale,
     num_tiles,
     num_n,
@@ -357,7 +357,7 @@ def attention_backward_kernel(
             (
                 load_steps,
                 (sources, tiles, tables, smem, rest, facts_smem, barriers,
-                 (counter_ptr, claim_ptr), CAUSAL, VARLEN, REST, STAGES, ROWS),
+                 (counter_ptr, limit_ptr), CAUSAL, VARLEN, REST, STAGES, ROWS),
             ),
         ],
         [4, 1],

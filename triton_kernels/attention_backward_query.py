@@ -300,7 +300,7 @@ def query_gradient_kernel(
     starts_q_table,
     starts_k_table,
     counter_ptr,
-    claim_ptr,
+    limit_ptr,
     scale,
     num_tiles,
     num_m,
@@ -348,7 +348,7 @@ def query_gradient_kernel(
             (
                 load_tiles,
                 (sources, tiles, tables, smem, rest, facts_smem, barriers,
-                 (counter_ptr, claim_ptr), CAUSAL, VARLEN, REST, STAGES, ROWS),
+                 (counter_ptr, limit_ptr), CAUSAL, VARLEN, REST, STAGES, ROWS),
             ),
         ],
         [4, 1],

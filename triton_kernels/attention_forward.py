@@ -353,7 +353,7 @@ def attention_forward_kernel(
     starts_q_table,
     starts_k_table,
     counter_ptr,
-    claim_ptr,
+    limit_ptr,
     scale,
     num_tiles,
     num_m,
@@ -401,7 +401,7 @@ def attention_forward_kernel(
             (
                 load_tiles,
                 (descriptors, tiles, tables, q, k, v_smem, facts_smem, barriers,
-                 (counter_ptr, claim_ptr), CAUSAL, VARLEN, REST, BLOCK, Q_STAGES, STAGES, ROWS),
+                 (counter_ptr, limit_ptr), CAUSAL, VARLEN, REST, BLOCK, Q_STAGES, STAGES, ROWS),
             ),
         ],
         [4, 1],

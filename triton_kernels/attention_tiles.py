@@ -18,7 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arithmetic import ceil_div
 from .boxes import describe
-from .claims import claim_word
+from .claims import program_limit
 
 ROWS = 128  # rows of a tile: 64 for each of the two warpgroups
 LOG2_E = 1.4426950408889634
@@ -49,13 +49,12 @@ FAR = gl.constexpr(1 << 30)
 def next_tile(drawn_from, num_tiles):
     """The tile after a program's own first one, `num_tiles` or more where there is none.
 
-    drawn_from  counter of tiles, and the SMs that communication claims: the first programs leave
-                theirs (`claims`), the last one never.
+    drawn_from  counter of tiles, and how many programs may stay (`claims`)
     """
-    counter, claim_ptr = drawn_from
-    claim = gl.load(claim_ptr, cache_modifier=".cv")
+    counter, limit_ptr = drawn_from
+    limit = gl.load(limit_ptr, cache_modifier=".cv")
     tile = num_tiles
-    if (gl.program_id(0) >= claim) | (claim >= gl.num_programs(0)):
+    if (limit <= 0) | (gl.program_id(0) < limit):
         tile = gl.num_programs(0) + gl.atomic_add(counter, 1)
     return tile
 
@@ -289,7 +288,7 @@ def lay_out(
     num_tiles = outer * blocks
     # Where programs draw tile numbers from, beyond their own.
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    drawn_from = (counter, claim_word(q.device))
+    drawn_from = (counter, program_limit(q.device))
     tables = (starts_q, starts_k) if varlen else (counter, counter)
     sequences = starts_q.shape[0] - 1 if varlen else B
     sizes = (num_tiles, blocks, N, share, outer, group, sequences, q_length, k_length)

@@ -34,14 +34,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .arithmetic import ceil_div
 from .attention_tiles import allocate, allocate_barriers, allocate_integers, send
 from .boxes import describe
-from .claims import claim_word
+from .claims import program_limit
 from .launch import cache_launches
 from .tiles_hopper import (
     DRAW_AHEAD,
     draw,
     load_starts,
     locate_tile,
-    look_at_claim,
+    look_at_limit,
     receive,
     register_steps,
     split_columns,
@@ -100,8 +100,8 @@ def load_tiles(
     STEPS: gl.constexpr,
     TAKE_OVER: gl.constexpr,
 ):
-    """The loading warp. `drawn_from`: the counter of tiles, and communication's claim."""
-    counter_ptr, claim_ptr = drawn_from
+    """The loading warp. `drawn_from`: the counter of tiles, and the limit of programs."""
+    counter_ptr, limit_ptr = drawn_from
     full, empty, facts_full, facts_empty, _d_full, _d_empty = barriers
     WIDTH: gl.constexpr = CHUNK * CHUNKS
     DEPTH: gl.constexpr = rows_desc.block_type.shape[1]
@@ -117,7 +117,7 @@ def load_tiles(
     count = 0
     tile = gl.program_id(0)
     if TAKE_OVER:
-        drawn = draw(counter_ptr, look_at_claim(claim_ptr))
+        drawn = draw(counter_ptr, look_at_limit(limit_ptr))
         tile = gl.sum(drawn, 0)
     while tile < num_tiles:
         expert, m, n_tile = locate_tile(tile, starts, end, num_n, ROWS, GROUP_M)
@@ -128,10 +128,10 @@ def load_tiles(
         mbarrier.arrive(facts_full.index(slot))
         count += 1
         if TAKE_OVER:
-            claim = look_at_claim(claim_ptr)
+            limit = look_at_limit(limit_ptr)
         for k in range(num_k):
             if TAKE_OVER and k == max(num_k - DRAW_AHEAD, 0):
-                drawn = draw(counter_ptr, claim)
+                drawn = draw(counter_ptr, limit)
             slot = steps % STAGES
             mbarrier.wait(empty.index(slot), (steps // STAGES & 1) ^ 1)
             ready = full.index(slot)
@@ -297,7 +297,7 @@ def grouped_gemm_hopper_kernel(
     out_desc,
     offsets_ptr,
     counter_ptr,
-    claim_ptr,
+    limit_ptr,
     num_experts,
     N,
     K,
@@ -323,7 +323,7 @@ def grouped_gemm_hopper_kernel(
             (
                 load_tiles,
                 (rows_desc, weight_desc, rows, weight, facts, barriers, offsets_ptr,
-                 (counter_ptr, claim_ptr), num_experts, N, K, WEIGHT_IS_NK, STAGES, ROWS, GROUP_M,
+                 (counter_ptr, limit_ptr), num_experts, N, K, WEIGHT_IS_NK, STAGES, ROWS, GROUP_M,
                  STEPS, TAKE_OVER),
             ),
         ],
@@ -363,7 +363,7 @@ def grouped_gemm_hopper(
         describe(out, [BLOCK_M // 2, 64]),
         expert_offsets,
         tile_counter(rows) if take_over else expert_offsets,
-        claim_word(rows.device),
+        program_limit(rows.device),
         L,
         N,
         K,

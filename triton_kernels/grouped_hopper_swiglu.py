@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .arithmetic import ceil_div
 from .boxes import describe
-from .claims import claim_word
+from .claims import program_limit
 from .grouped_hopper import (
     BLOCK_M,
     BLOCK_N,
@@ -323,7 +323,7 @@ def swiglu_backward_hopper_kernel(
     sums_ptr,
     offsets_ptr,
     counter_ptr,
-    claim_ptr,
+    limit_ptr,
     num_experts,
     K,
     eighth,
@@ -353,7 +353,7 @@ def swiglu_backward_hopper_kernel(
             (
                 load_tiles,
                 (d_out_desc, w2_desc, rows, weight, facts, barriers, offsets_ptr,
-                 (counter_ptr, claim_ptr), num_experts, eighth * 8, K, False, STAGES, ROWS,
+                 (counter_ptr, limit_ptr), num_experts, eighth * 8, K, False, STAGES, ROWS,
                  GROUP_M, STEPS, TAKE_OVER),
             ),
         ],
@@ -376,7 +376,7 @@ def gate_up_hopper_kernel(
     row_weight_ptr,
     offsets_ptr,
     counter_ptr,
-    claim_ptr,
+    limit_ptr,
     num_experts,
     K,
     eighth,
@@ -406,7 +406,7 @@ def gate_up_hopper_kernel(
             (
                 load_tiles,
                 (rows_desc, w13_desc, rows, weight, facts, barriers, offsets_ptr,
-                 (counter_ptr, claim_ptr), num_experts, eighth * 16, K, True, STAGES, ROWS,
+                 (counter_ptr, limit_ptr), num_experts, eighth * 16, K, True, STAGES, ROWS,
                  GROUP_M, STEPS, TAKE_OVER),
             ),
         ],
@@ -448,7 +448,7 @@ def gate_up_hopper(
         row_weight,
         expert_offsets,
         tile_counter(rows) if take_over else expert_offsets,
-        claim_word(rows.device),
+        program_limit(rows.device),
         L,
         H,
         I // 8,
@@ -492,7 +492,7 @@ def swiglu_backward_hopper(
         sums,
         expert_offsets,
         sums[zeros - 1 : zeros].view(torch.int32),
-        claim_word(d_out.device),
+        program_limit(d_out.device),
         L,
         H,
         I // 8,

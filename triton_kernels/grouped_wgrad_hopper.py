@@ -29,13 +29,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .arithmetic import ceil_div
 from .attention_tiles import allocate, allocate_barriers, allocate_integers, matrix, send
 from .boxes import describe
-from .claims import claim_word
+from .claims import program_limit
 from .launch import cache_launches
 from .tiles_hopper import (
     DRAW_AHEAD,
     GONE,
     draw,
-    look_at_claim,
+    look_at_limit,
     prefetch,
     receive,
     split_columns,
@@ -91,7 +91,7 @@ def load_operands(
 ):
     """The loading warp. Tiles count expert by expert; when accumulating, only experts with rows."""
     num_experts, num_a, num_b, rows = sizes
-    counter, claim_ptr = drawn_from
+    counter, limit_ptr = drawn_from
     a_smem, b_smem, strips, facts_smem = smem
     full, empty, facts_full, facts_empty = barriers
     TURNED: gl.constexpr = strips.dtype == gl.float32
@@ -100,7 +100,7 @@ def load_operands(
     stage_bytes: gl.constexpr = 2 * a_desc.block_type.nbytes + b_desc.block_type.nbytes
     tiles_an_expert = num_a * num_b
 
-    drawn = draw(counter, look_at_claim(claim_ptr))
+    drawn = draw(counter, look_at_limit(limit_ptr))
     count = 0
     step = 0
     # `rank` experts before `expert` have tiles.
@@ -146,10 +146,10 @@ def load_operands(
                 send(facts_smem, slot, (num_k, expert, a, b), FACTS)
             mbarrier.arrive(facts_full.index(slot))
             count += 1
-            claim = look_at_claim(claim_ptr)
+            limit = look_at_limit(limit_ptr)
             for k in range(num_k):
                 if k == max(num_k - DRAW_AHEAD, 0):
-                    drawn = draw(counter, claim)
+                    drawn = draw(counter, limit)
                 slot = step % STAGES
                 mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
                 here = full.index(slot)
@@ -302,7 +302,7 @@ def grouped_wgrad_hopper_kernel(
     dw_ptr,
     offsets_table,
     counter_ptr,
-    claim_ptr,
+    limit_ptr,
     num_experts,
     num_a,
     num_b,
@@ -339,7 +339,7 @@ def grouped_wgrad_hopper_kernel(
             ),
             (
                 load_operands,
-                (a_desc, b_desc, smem, barriers, offsets_table, (counter_ptr, claim_ptr), sizes,
+                (a_desc, b_desc, smem, barriers, offsets_table, (counter_ptr, limit_ptr), sizes,
                  ACCUMULATE, STAGES),
             ),
             (
@@ -392,7 +392,7 @@ def grouped_wgrad_hopper(
         dw,
         expert_offsets,
         tile_counter(y),
-        claim_word(y.device),
+        program_limit(y.device),
         L,
         num_a,
         num_b,

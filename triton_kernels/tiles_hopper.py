@@ -20,8 +20,8 @@ GONE = gl.constexpr(0x3FFFFFFF)
 
 
 @gluon.jit
-def look_at_claim(claim_ptr):
-    """Asks, from one warp, how many SMs communication claims now: [32] times that number.
+def look_at_limit(limit_ptr):
+    """Asks, from one warp, how many programs may stay now (`claims`): [32] times that number.
 
     Nothing waits for it before it is used.
     """
@@ -29,7 +29,7 @@ def look_at_claim(claim_ptr):
     return gl.inline_asm_elementwise(
         "ld.volatile.global.u32 $0, [$1];",
         "=r,l",
-        [claim_ptr + lane * 0],
+        [limit_ptr + lane * 0],
         gl.int32,
         is_pure=False,
         pack=1,
@@ -37,23 +37,23 @@ def look_at_claim(claim_ptr):
 
 
 @gluon.jit
-def gives_way(claim):
+def gives_way(limit):
     """Whether this program leaves its SM to communication, after the tile that it has.
 
-    The first `claim` programs do. The last one never does, so that all tiles find somebody.
+    The first program never does, so that all tiles find somebody.
     """
-    return (gl.program_id(0) < claim) & (claim < gl.num_programs(0))
+    return (limit > 0) & (gl.program_id(0) >= limit)
 
 
 @gluon.jit
-def draw(counter_ptr, claim):
+def draw(counter_ptr, limit):
     """Asks for the next number of a counter, from one warp: [32] integers that add up to it, or to
-    GONE where the program gives way to a `look_at_claim`.
+    GONE where the program gives way to a `look_at_limit`.
 
     Nothing waits for it before the sum is taken.
     """
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    stays = (~gives_way(claim)).to(gl.int32)
+    stays = (~gives_way(limit)).to(gl.int32)
     return gl.inline_asm_elementwise(
         """
         {

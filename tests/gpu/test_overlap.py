@@ -13,7 +13,7 @@ HIDDEN, SEQUENCES, LENGTH = 1024, 2, 768
 ROUNDS = 4  # a race shows now and then only
 MODES = (
     {},
-    {"comm_sms": 24, "take_over": True},
+    {"comm_sms": 24},
     {"comm_sms": 8, "num_sms": 116},
     {"comm_sms": 20, "num_sms": 112, "weight_delay": "experts"},
     {"comm_sms": 4, "num_sms": 64, "weight_delay": "off"},
