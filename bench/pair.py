@@ -3,7 +3,7 @@
 One process a GPU, all of them one expert group; a stage of `--layers` transformer blocks runs the
 forward of one micro-batch with the backward of another. For every shape, form and ``comm_sms``:
 
-    pair      as an `OverlappedPair`: communication on comm_sms SMs, experts' GEMMs on what is left
+    pair      as an `OverlappedPair`: communication on comm_sms SMs, and GEMMs as --mlp-sms says
     in order  forward, then backward, on one stream; communication on comm_sms SMs, GEMMs on all
     compute   in order without the transfers, whose results are replayed; unique rows are
               expanded and summed
@@ -38,7 +38,16 @@ from pathlib import Path
 
 import torch
 from layer import SHAPES as LAYER_SHAPES
-from pair_workload import FORMS, HOST_US, MLP_SMS, SEQUENCE, SHAPES, GraphWorkload, Workload
+from pair_workload import (
+    FORMS,
+    HOST_US,
+    MLP_SMS,
+    MORE_SMS,
+    SEQUENCE,
+    SHAPES,
+    GraphWorkload,
+    Workload,
+)
 from ranks import (
     describe_run,
     line_up,
@@ -52,7 +61,6 @@ from dualpipe_ext.recording import record_trace
 from dualpipe_ext.stage import WEIGHT_DELAYS
 from dualpipe_ext.trace import COMM_KERNELS, Overlap, Trace, measure_overlap, read_trace
 
-MORE_SMS = 32  # for the run in order, which needs no SM for anything else while it communicates
 START = time.monotonic()
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "FORMS",
     "HOST_US",
     "MLP_SMS",
+    "MORE_SMS",
     "SEQUENCE",
     "SHAPES",
     "GraphWorkload",
@@ -36,6 +37,7 @@ SHAPES = LAYER_SHAPES | {"tiny": (64, 64, 32, 16, 2)}
 SEQUENCE = 4096
 FORMS = ("expert", "unique")
 MLP_SMS = ("take-over", "rest")
+MORE_SMS = 32  # outside pairs communication leaves no SM to anything else
 HOST_US = 8000  # a call without waits keeps the host busy for about as long
 TIMEOUT = 60.0  # seconds until a rank that fails ends the others
 SHORT, LONG = 2, 6  # micro-batches of a graph

@@ -2,19 +2,21 @@
 
 The ranks are laid out as pipelines × expert groups, for each number in ``--pipeline-ranks`` (on 4
 GPUs: PP2×EP2 and PP4). Each schedule of `Pipeline` runs the same `--layers` transformer blocks over
-the same micro-batches; steps of the schedules take turns. Then every rank times each action of its
-schedule alone, F, B, I, W and pairs F&B of its own stages, with the whole expert group, and the
-simulator puts these times, and that of a transfer, together again:
+the same micro-batches; steps of the schedules take turns. Every rank times the actions F, B, I, W
+and F&B of its schedule, and the simulator puts these times, and that of a transfer, together again:
 
     step        ms of a step, forward and backward of all chunks, no optimizer: median, slowest rank
-    simulated   the makespan of `simulate` with the measured times
+    simulated   the makespan of `simulate` with the actions' times in those steps
     off by      step / simulated - 1
+    alone       the makespan with the times of actions one by one afterwards, with the whole expert
+                group, between pauses: a GPU that gets warm in a step is slower
     busiest     simulated time in actions of the rank that has most: what a schedule without waits
                 would take
-    F&B/(F+B)   what a pair takes of its halves' time, one after the other
+    F&B/(F+B)   what a pair takes of its halves' time, one after the other; alone
 
-Gradients stay in place; the sum over dualpipe's two copies is timed apart (``copies``). Without a
-GPU it runs on gloo, and its figures mean nothing. Example::
+Outside pairs communication has nothing beside it and takes ``--alone-sms``. Gradients stay in
+place; the sum over dualpipe's two copies is timed apart (``copies``). Without a GPU it runs on
+gloo, and its figures mean nothing. Example::
 
     python bench/pipeline.py --json out.json
 """
@@ -29,10 +31,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from pair_workload import MLP_SMS, sms_of_gemms
+from pair_workload import MLP_SMS, MORE_SMS, sms_of_gemms
 from ranks import (
     Stamp,
     describe_run,
@@ -49,12 +52,15 @@ from dualpipe_ext import Exchange, MoELayer
 from dualpipe_ext.attention import GroupedQueryAttention
 from dualpipe_ext.block import TransformerBlock
 from dualpipe_ext.pipeline import Pipeline
+from dualpipe_ext.pipeline_step import Step
 from dualpipe_ext.schedule import Action, Pair, Schedule, build_schedule
-from dualpipe_ext.simulate import Simulation, simulate
+from dualpipe_ext.simulate import simulate
 from dualpipe_ext.stage import WEIGHT_DELAYS, TransformerStage
 
 KINDS = ("dualpipev", "dualpipe", "zbv", "1f1b")
+OPERATIONS = ("F", "B", "I", "W", "FB")
 TIMEOUT = 60.0  # seconds until a rank that fails ends the others
+WARMUP = 2  # steps that do not count
 START = time.monotonic()
 Signature = tuple  # (op, stage, direction), or ("FB", and both halves' stage and direction)
 
@@ -81,10 +87,10 @@ class MeasuredTimes:
     def of(self, action: Action | Pair) -> float:
         return self.us[signature_of(action)]
 
-    def mean(self, op: str) -> float | None:
+    def means(self) -> dict[str, float | None]:
         """Over the stages; None for an operation that the schedule does without."""
-        found = [us for signature, us in self.us.items() if signature[0] == op]
-        return statistics.mean(found) if found else None
+        found = {op: [us for key, us in self.us.items() if key[0] == op] for op in OPERATIONS}
+        return {op: round(statistics.mean(us), 1) if us else None for op, us in found.items()}
 
 
 class Layout:
@@ -108,7 +114,7 @@ class Layout:
             expert_group if self.columns > 1 else None,
             **dict(hidden=args.hidden, num_experts=args.experts, topk=args.topk),
             **dict(max_tokens=args.tokens, form=args.form, timeout=TIMEOUT, **like),
-            comm_sms=args.comm_sms,
+            comm_sms=args.alone_sms,
         )
         self._stages: dict[tuple[int, int], TransformerStage] = {}
         generator = torch.Generator(self.device).manual_seed(self.column)
@@ -175,6 +181,34 @@ class Layout:
         heads = max(4, args.hidden // 128)
         attention = GroupedQueryAttention(args.hidden, heads=heads, kv_heads=heads // 4, **like)
         return TransformerBlock(args.hidden, attention, moe, **like)
+
+
+class StepTimer:
+    """Steps of one rank that time their actions."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step = step
+        self._steps: list[list[tuple[Signature, Stamp, Stamp]]] = []
+
+    def __call__(self) -> None:
+        run, stamps = Step._run, []
+
+        def timed(step: Step, parts: tuple[Action, ...]) -> None:  # its inputs are there
+            begin = Stamp()
+            run(step, parts)
+            action = parts[0] if len(parts) == 1 else Pair(*parts)
+            stamps.append((signature_of(action), begin, Stamp()))
+
+        with mock.patch.object(Step, "_run", timed):
+            self._step()
+        self._steps.append(stamps)
+
+    def medians(self) -> dict[Signature, float]:
+        found: dict[Signature, list[float]] = {}
+        for stamps in self._steps[WARMUP:]:
+            for signature, begin, end in stamps:
+                found.setdefault(signature, []).append(begin.until(end))
+        return {signature: statistics.median(us) for signature, us in found.items()}
 
 
 class ActionTimer:
@@ -271,8 +305,8 @@ def transfer_us(layout: Layout, pipeline: Pipeline, repeats: int = 10) -> float:
     return slowest([statistics.median(begin.until(end) for begin, end in times)])[0]
 
 
-def time_actions(layout: Layout, pipelines: dict, repeats: int) -> dict[str, dict]:
-    """µs by schedule and signature, of all ranks; the slowest column counts."""
+def time_actions_alone(layout: Layout, pipelines: dict, repeats: int) -> dict[str, dict]:
+    """µs by schedule and signature."""
     timers = {kind: ActionTimer(layout, *found) for kind, found in pipelines.items()}
     for _ in range(repeats + 1):
         for timer in timers.values():
@@ -280,10 +314,14 @@ def time_actions(layout: Layout, pipelines: dict, repeats: int) -> dict[str, dic
             timer.run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    mine = {kind: timer.medians() for kind, timer in timers.items()}
+    return gather_times(timers)
+
+
+def gather_times(timers: dict[str, StepTimer] | dict[str, ActionTimer]) -> dict[str, dict]:
+    """The medians of all ranks; the slowest column counts."""
     everybody = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, mine)
-    found = {kind: {} for kind in pipelines}
+    dist.all_gather_object(everybody, {kind: timer.medians() for kind, timer in timers.items()})
+    found = {kind: {} for kind in timers}
     for theirs in everybody:
         for kind, times in theirs.items():
             for signature, us in times.items():
@@ -300,20 +338,23 @@ def time_copies(layout: Layout, pipelines: dict) -> float | None:
 
 
 def describe_kind(
-    layout: Layout, kind: str, step_us: float, times: MeasuredTimes, simulation: Simulation
+    layout: Layout, schedule: Schedule, step_us: float, times: MeasuredTimes, alone: MeasuredTimes
 ) -> dict:
+    simulation, apart = simulate(schedule, times), simulate(schedule, alone)
     busiest = float(simulation.makespan - min(simulation.bubble))
-    means = {op: times.mean(op) for op in ("F", "B", "I", "W", "FB")}
+    means = alone.means()
     # Of the backwards that a schedule has: whole, or in two parts.
     backward = means["B"] or (means["I"] or 0) + (means["W"] or 0)
     pair = None if means["FB"] is None else means["FB"] / (means["F"] + backward)
-    return {
-        **{"layout": layout.name, "schedule": kind, "step_ms": round(step_us / 1e3, 3)},
-        "simulated_ms": round(float(simulation.makespan) / 1e3, 3),
-        "off_by": round(step_us / float(simulation.makespan) - 1, 4),
+    found = {"layout": layout.name, "schedule": schedule.kind, "step_ms": round(step_us / 1e3, 3)}
+    for name, made in (("simulated", simulation), ("alone", apart)):
+        found[f"{name}_ms"] = round(float(made.makespan) / 1e3, 3)
+        found[f"off_by_{name}"] = round(step_us / float(made.makespan) - 1, 4)
+    return found | {
         "busiest_ms": round(busiest / 1e3, 3),
         "pair_of_halves": None if pair is None else round(pair, 4),
-        "mean_us": {op: us and round(us, 1) for op, us in means.items()},
+        "mean_us": times.means(),
+        "mean_alone_us": means,
         "transfer_us": round(times.p2p, 1),
         "action_us": {" ".join(map(str, key)): round(us, 1) for key, us in times.us.items()},
     }
@@ -326,26 +367,27 @@ def measure_layout(layout: Layout, args: argparse.Namespace, rank: int) -> list[
         schedule = build_schedule(kind, layout.pipeline_ranks, args.chunks)
         pipelines[kind] = (layout.open(kind), schedule)
     steps = {
-        kind: functools.partial(layout.step, *found, losses) for kind, found in pipelines.items()
+        kind: StepTimer(functools.partial(layout.step, *found, losses))
+        for kind, found in pipelines.items()
     }
     for kind, step in steps.items():
         step()  # compiles, and learns the shapes
         print_progress(rank, f"{layout.name} {kind}: first step, {_elapsed():.0f} s")
-    step_us = time_in_turn(steps, args.repeats, 1)
+    step_us = time_in_turn(steps, args.repeats, WARMUP - 1)
     total = torch.stack([losses[kind] for kind in kinds])
     dist.all_reduce(total)
     layout.exchange.check()
     print_progress(rank, f"{layout.name}: steps timed, {_elapsed():.0f} s")
-    actions = time_actions(layout, pipelines, args.repeats)
+    actions, alone = gather_times(steps), time_actions_alone(layout, pipelines, args.repeats)
     pipeline = next(pipeline for pipeline, _ in pipelines.values())
     p2p = transfer_us(layout, pipeline)
     how = f"{pipeline.links.current.name} ({pipeline.links.reason})"
     print_progress(rank, f"{layout.name}: transfers by {how}, an activation in {p2p:.1f} us")
     records = []
     for (kind, (_, schedule)), loss in zip(pipelines.items(), total.tolist(), strict=True):
-        times = MeasuredTimes(actions[kind], p2p)
+        times = (MeasuredTimes(found[kind], p2p) for found in (actions, alone))
         records.append(
-            describe_kind(layout, kind, step_us[kind], times, simulate(schedule, times))
+            describe_kind(layout, schedule, step_us[kind], *times)
             | {
                 "transfers": how,
                 "backend": layout.exchange.backend,
@@ -369,15 +411,16 @@ def _elapsed() -> float:
 def format_table(records: list[dict]) -> str:
     """A line a schedule; the losses must agree, because it is one model."""
     lines = [
-        "layout   schedule    step ms  simulated  off by  busiest  F&B/(F+B)       F       B"
-        "       I       W     F&B us    loss"
+        "layout   schedule    step ms  simulated  off by    alone  off by  busiest  F&B/(F+B)"
+        "       F       B       I       W     F&B us    loss"
     ]
     for r in records:
         pair = "-" if r["pair_of_halves"] is None else f"{r['pair_of_halves']:.3f}"
         means = "".join(f"{'-' if us is None else round(us):>8}" for us in r["mean_us"].values())
         lines.append(
             f"{r['layout']:<8} {r['schedule']:<9} {r['step_ms']:>9.2f} {r['simulated_ms']:>10.2f} "
-            f"{r['off_by']:>+7.1%} {r['busiest_ms']:>8.2f} {pair:>10}{means}   {r['loss']:>8.5f}"
+            f"{r['off_by_simulated']:>+7.1%} {r['alone_ms']:>8.2f} {r['off_by_alone']:>+7.1%} "
+            f"{r['busiest_ms']:>8.2f} {pair:>10}{means}   {r['loss']:>8.5f}"
         )
         if "copies_ms" in r:
             lines.append(
@@ -389,7 +432,8 @@ def format_table(records: list[dict]) -> str:
 def measure(args: argparse.Namespace, rank: int, world_size: int) -> None:
     names = ("hidden", "expert_hidden", "experts", "topk", "tokens", "sequence", "layers")
     sizes = {name: getattr(args, name) for name in (*names, "chunks", "repeats")}
-    sizes |= {name: getattr(args, name) for name in ("comm_sms", "mlp_sms", "form", "weight_delay")}
+    names = ("comm_sms", "alone_sms", "mlp_sms", "form", "weight_delay")
+    sizes |= {name: getattr(args, name) for name in names}
     result = describe_run("bench/pipeline.py", args, world_size, sizes) | {"results": []}
     for pipeline_ranks in args.pipeline_ranks:
         if world_size % pipeline_ranks or args.layers % (2 * pipeline_ranks):
@@ -427,7 +471,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--experts", type=int, default=64, help="experts of a layer (%(default)s)")
     add("--topk", type=int, default=8, help="experts of a token (%(default)s)")
     add("--form", choices=["expert", "unique"], default="expert", help="of the exchange")
-    add("--comm-sms", type=int, default=16, help="SMs that communicate (%(default)s)")
+    add("--comm-sms", type=int, default=16, help="SMs that communicate in pairs (%(default)s)")
+    add("--alone-sms", type=int, default=MORE_SMS, help="and outside pairs (%(default)s)")
     add("--mlp-sms", choices=MLP_SMS, default="take-over",
         help="SMs of GEMMs in a pair: all, tiles drawn from a counter; rest: equal shares on those "
         "that do not communicate (%(default)s)")  # fmt: skip

@@ -75,7 +75,9 @@ def test_pipeline_benchmark(tmp_path):
     losses = [r["loss"] for r in records.values()]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-5) and losses[0] > 0
     for kind, r in records.items():
-        assert r["off_by"] == pytest.approx(r["step_ms"] / r["simulated_ms"] - 1, abs=1e-3)
+        for name in ("simulated", "alone"):
+            off_by = r["step_ms"] / r[f"{name}_ms"] - 1
+            assert r[f"off_by_{name}"] == pytest.approx(off_by, abs=1e-3)
         assert 0 < r["busiest_ms"] <= r["simulated_ms"]
         ops = {key.split()[0] for key in r["action_us"]}
         assert (
