@@ -429,10 +429,19 @@ def print_means(rows: list[dict]) -> None:
             chosen = [r for r in rows if r["gemm"] in gemms and r["variant"] == variant]
             mean = statistics.geometric_mean(r["ratio"] for r in chosen)
             text = f"{group:22} {variant:26} {mean:.3f} of torch"
+            if {r["gemm"] for r in chosen} == set(gemms):
+                text += f", both GEMMs as one {whole_passes(chosen):.3f}"
             if "fair_share" in chosen[0]:
                 mean = statistics.geometric_mean(r["fair_share"] for r in chosen)
                 text += f", {mean:.3f} of the fair share"
             print(text)
+
+
+def whole_passes(rows: list[dict]) -> float:
+    """Speed over torch's of a shape's GEMMs one after the other, the geometric mean of shapes."""
+    shapes = dict.fromkeys(r["shape"] for r in rows)
+    sums = ([[r[k] for r in rows if r["shape"] == s] for k in ("torch_us", "us")] for s in shapes)
+    return statistics.geometric_mean(sum(torch_us) / sum(us) for torch_us, us in sums)
 
 
 def main() -> None:

@@ -47,8 +47,7 @@ class Exchange:
             "expert": the communication SMs. "unique": compute kernels on ``num_sms`` SMs, behind
             and before a transfer of unique rows, which takes fewer SMs and can send fp8, and twice
             the peer memory. None: "unique" for ``comm_sms`` up to 16 or an eighth of the GPU's,
-            where a layer by itself is faster so (1 to 13 %), else "expert". In pairs, which hide
-            the communication SMs' work but not the compute kernels', try "expert" for wide layers.
+            where a layer by itself is faster so (1 to 13 %) and pairs are, too, else "expert".
             Results are the same.
         max_rows: the most rows in expert order that may come to a rank, a multiple of 128. Then
             dispatch always gives this many and no call waits for the device, so that all can be
