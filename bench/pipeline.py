@@ -9,14 +9,16 @@ and F&B of its schedule, and the simulator puts these times, and that of a trans
     simulated   the makespan of `simulate` with the actions' times in those steps
     off by      step / simulated - 1
     alone       the makespan with the times of actions one by one afterwards, with the whole expert
-                group, between pauses: a GPU that gets warm in a step is slower
+                group, between pauses: clocks differ
     busiest     simulated time in actions of the rank that has most: what a schedule without waits
                 would take
-    F&B/(F+B)   what a pair takes of its halves' time, one after the other; alone
+    F&B/(F+B)   what a pair takes of its halves' time, one after the other; alone, as the actions'
+                means behind it
 
-Outside pairs communication has nothing beside it and takes ``--alone-sms``. Gradients stay in
-place; the sum over dualpipe's two copies is timed apart (``copies``). Without a GPU it runs on
-gloo, and its figures mean nothing. Example::
+Times in steps hold for transfers by copy engines, which an action waits for before it begins; in
+others the action itself waits. Outside pairs communication has nothing beside it and takes
+``--alone-sms``. Gradients stay in place; the sum over dualpipe's two copies is timed apart
+(``copies``). Without a GPU it runs on gloo, and its figures mean nothing. Example::
 
     python bench/pipeline.py --json out.json
 """
@@ -193,7 +195,7 @@ class StepTimer:
     def __call__(self) -> None:
         run, stamps = Step._run, []
 
-        def timed(step: Step, parts: tuple[Action, ...]) -> None:  # its inputs are there
+        def timed(step: Step, parts: tuple[Action, ...]) -> None:
             begin = Stamp()
             run(step, parts)
             action = parts[0] if len(parts) == 1 else Pair(*parts)
@@ -416,7 +418,9 @@ def format_table(records: list[dict]) -> str:
     ]
     for r in records:
         pair = "-" if r["pair_of_halves"] is None else f"{r['pair_of_halves']:.3f}"
-        means = "".join(f"{'-' if us is None else round(us):>8}" for us in r["mean_us"].values())
+        means = "".join(
+            f"{'-' if us is None else round(us):>8}" for us in r["mean_alone_us"].values()
+        )
         lines.append(
             f"{r['layout']:<8} {r['schedule']:<9} {r['step_ms']:>9.2f} {r['simulated_ms']:>10.2f} "
             f"{r['off_by_simulated']:>+7.1%} {r['alone_ms']:>8.2f} {r['off_by_alone']:>+7.1%} "

@@ -18,7 +18,7 @@ layer 1" (▲), "compute: mlp W": the profiler's trace files take ASCII only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 
 import torch
@@ -29,6 +29,7 @@ from .exchange import Exchange
 from .operators import device_facts
 from .ranges import named_range
 from .stage import WEIGHT_DELAYS, StageChunk
+from .triton_kernels.claims import can_claim, claim_sms
 
 __all__ = ["LANES", "OverlappedPair"]
 
@@ -48,9 +49,9 @@ class OverlappedPair:
         num_sms: SMs that the experts' GEMMs, and the expansion and sums of unique rows, take inside
             a pair. None: the layer's number. Where it has none GEMMs take all SMs and draw their
             tiles from a counter: programs for which communication leaves no room take what is left
-            as soon as it ends, and to communication that comes second the last programs leave
-            theirs after the tile that they have (bf16 on Hopper; others, and expansion and sums,
-            leave room from the start).
+            as soon as it ends (bf16 on Hopper; others, and expansion and sums, leave room from the
+            start). To communication that comes second the last programs of such GEMMs, of weight
+            gradients and of attention leave their SMs after the tile that they have.
         weight_delay: "off": a layer's weight gradients come with its input gradients. "experts":
             those of our expert MLP come after the input gradients have left for the dispatch▲.
             "all": also those of attention, the rest of the block and the stage's two ends; the
@@ -222,13 +223,15 @@ class OverlappedPair:
         """Both lanes start after what is queued now, and what follows starts after both."""
         exchanges = _exchanges(chunks)
         before = [(exchange.comm_sms, exchange.num_sms) for exchange in exchanges]
-        for exchange in exchanges:
-            _set_sms(exchange, self.comm_sms, self.num_sms)
-        self._lanes.open(max((exchange.comm_sms for exchange in exchanges), default=0))
         try:
-            yield
+            for exchange in exchanges:
+                _set_sms(exchange, self.comm_sms, self.num_sms)
+            self._lanes.open(max((exchange.comm_sms for exchange in exchanges), default=0))
+            try:
+                yield
+            finally:
+                self._lanes.close()
         finally:
-            self._lanes.close()
             for exchange, sms in zip(exchanges, before, strict=True):
                 if not exchange.closed:
                     _set_sms(exchange, *sms)
@@ -254,9 +257,9 @@ class _Lanes:
 
     def open(self, comm_sms: int) -> None:
         if self._cuda:
-            total, (major, _) = device_facts(self._comm.device)
-            # Kernels that draw tiles are Hopper's.
-            self._limit = max(1, total - comm_sms) if comm_sms and major == 9 else 0
+            self._limit = 0
+            if comm_sms and can_claim(self._comm.device):
+                self._limit = max(1, device_facts(self._comm.device)[0] - comm_sms)
             self._compute = torch.cuda.current_stream(self._comm.device)
             self._comm.wait_stream(self._compute)
 
@@ -308,13 +311,14 @@ class _Lanes:
         if not self._limit:
             yield
             return
-        from .triton_kernels.claims import claim_sms
-
         claim_sms(self._comm.device, self._limit)
         try:
             yield
-        finally:
-            claim_sms(self._comm.device, 0)
+        except BaseException:
+            with suppress(RuntimeError):  # of a stream that is broken, which the first error tells
+                claim_sms(self._comm.device, 0)
+            raise
+        claim_sms(self._comm.device, 0)
 
 
 def _exchanges(chunks: Sequence[StageChunk]) -> list[Exchange]:

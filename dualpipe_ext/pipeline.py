@@ -89,8 +89,8 @@ class Pipeline:
             tensors travel by NCCL its own process group has the limit. A stage that fails is an
             error in its own pipeline at once; in others, whose stages wait for it in an expert
             group, when the limit of that exchange or process group is over.
-        weight_delay, comm_sms, num_sms: see `OverlappedPair`; the first also says what
-            an I leaves for its W.
+        weight_delay, comm_sms, num_sms: see `OverlappedPair`; the first also says what an I leaves
+            for its W.
         recompute: run stages that are no `TransformerStage` again for their backward and keep
             their inputs only; those have an option of their own.
 

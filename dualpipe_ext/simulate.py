@@ -80,8 +80,8 @@ class Times:
     def with_communication(self, ratio: Real, hidden: Real = 1) -> "Times":
         """Adds expert-parallel communication to f, b, w taken as computation alone.
 
-        `ratio` is communication : computation over a forward and a backward (0.12 to 0.61
-        at EP4 on four H200s, about 1 across nodes). Forward and backward for inputs move the same bytes, half
+        `ratio` is communication : computation over a forward and a backward (bench/pair.py
+        on four H200s: 0.1 to 0.5). Forward and backward for inputs move the same bytes, half
         each; weights move none. A pair takes the longer of its computation and its communication,
         plus the share 1 - `hidden` of the shorter that does not disappear behind it.
         """

@@ -126,15 +126,21 @@ class Problem:
 @cache
 def kernels() -> SimpleNamespace:
     names = ("delta", "forward", "backward", "backward_query")
-    modules = emulate(KERNELS, *(f"attention_{name}" for name in names))
-    return SimpleNamespace(**dict(zip(names, modules, strict=True)))
+    modules = emulate(KERNELS, *(f"attention_{name}" for name in names), "claims")
+    return SimpleNamespace(**dict(zip((*names, "claims"), modules, strict=True)))
 
 
-def run_kernels(problem: Problem, num_sms: int, deterministic: bool) -> list[torch.Tensor]:
-    """out, dq, dk, dv by the kernels on the CPU, through the operator's own code."""
+def run_kernels(
+    problem: Problem, num_sms: int, deterministic: bool, limit: int = 0
+) -> list[torch.Tensor]:
+    """out, dq, dk, dv by the kernels on the CPU, through the operator's own code.
+
+    Of programs beyond `limit` each leaves after its first tile; 0: none.
+    """
     from dualpipe_ext import flash_attention as op
 
     emulated = kernels()
+    emulated.claims.program_limit(torch.device("cpu")).fill_(limit)
     prefix = f"{op.__package__}.triton_kernels.attention"
     names = {"delta": "_delta", "forward": "_forward", "backward": "_backward"}
     names["backward_query"] = "_backward_query"

@@ -304,6 +304,16 @@ def test_kernels_equal_fp64(case, deterministic):
             assert error < limit, f"{name}: {error} for {dtype}"
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+@pytest.mark.parametrize("case", CASES)
+def test_programs_that_leave_change_nothing(case, deterministic):
+    *shape, spare, num_sms = CASES[case]
+    problem = Problem(*shape, torch.float32, spare, scale=0.1)
+    got = run_kernels(problem, max(num_sms, 2), deterministic, limit=1)
+    for name, value, reference in zip(NAMES, got, problem.expected(), strict=True):
+        assert relative_error(value, reference) < 3 * TOLERANCE[torch.float32], name
+
+
 def test_rows_that_are_no_keys_add_nothing():
     """Scores around -230: exp(0 - lse) of a row of zeros past the last key would be infinite."""
     problem = Problem([70], [70], 1, 1, 64, 64, False, False, scale=0.1)

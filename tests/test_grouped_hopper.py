@@ -70,6 +70,12 @@ def emulated():
     return gemm, swiglu
 
 
+def limit_programs(limit):
+    """Of every kernel of `emulated`."""
+    gemm, _ = emulated()
+    gemm.program_limit(torch.device("cpu")).fill_(limit)
+
+
 def run(problem, gate_up, dout, num_sms, take_over=False, **options):
     """The same by the kernels: rows @ w13.T by two of them, act with and without saving.
 
@@ -124,6 +130,20 @@ def test_sm_count_and_order_change_no_bit():
     for num_sms, take_over in ((3, False), (7, False), (2, True)):
         again = run(problem, gate_up, dout, num_sms, take_over)
         assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_programs_that_leave_change_no_bit(limit):
+    torch.manual_seed(0)
+    problem, dout = make_problem((300, 0, 500), 72, 520, torch.bfloat16)
+    gate_up = torch.randn(len(dout), 1040).bfloat16()
+    first = run(problem, gate_up, dout, 5, take_over=True)
+    limit_programs(limit)
+    try:
+        again = run(problem, gate_up, dout, 5, take_over=True)
+    finally:
+        limit_programs(0)
+    assert all(map(torch.equal, first, again))
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

@@ -16,7 +16,6 @@ from dualpipe_ext.grouped_mlp import grouped_mlp
 from dualpipe_ext.overlap import OverlappedPair
 from dualpipe_ext.router import Router
 from dualpipe_ext.stage import TransformerStage
-from dualpipe_ext.triton_kernels import claims
 from dualpipe_ext.weight_gradients import delay_linears
 from tests import small_transformer as small
 from tests.dense_moe import relative_error
@@ -220,7 +219,7 @@ def test_what_the_delay_leaves(weight_delay):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_a_backward_that_takes_over_keeps_the_layers_sms(monkeypatch):
+def test_the_layers_sms_go_with_take_over(monkeypatch):
     seen = {}
 
     def spy(name, function):
@@ -270,25 +269,52 @@ def test_sms_of_experts(capability, precision, num_sms, comm_sms, expected, monk
     assert chunk.beside_communication(None) == (7, False)
 
 
-@pytest.mark.parametrize("error", [None, ValueError])
-def test_claims_end_with_what_communicates(error, monkeypatch):
+@pytest.fixture
+def claimed(monkeypatch):
+    """Lanes as on a GPU of 132 SMs, and the limits that they write."""
     written, lanes = [], overlap._Lanes(torch.device("cpu"))
-    monkeypatch.setattr(claims, "claim_sms", lambda device, limit: written.append(limit))
+    monkeypatch.setattr(overlap, "claim_sms", lambda device, limit: written.append(limit))
     monkeypatch.setattr(overlap, "device_facts", lambda device: (132, (9, 0)))
-    lanes._cuda, lanes._comm = True, SimpleNamespace(device="cuda", wait_stream=lambda other: None)
+    monkeypatch.setattr(overlap, "can_claim", lambda device: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    lanes.open(0)
+    lanes._cuda, lanes._comm = True, SimpleNamespace(device=None, wait_stream=lambda other: None)
+    return lanes, written
+
+
+@pytest.mark.parametrize("comm_sms, limit", [(8, 124), (132, 1)])
+def test_claims_end_with_what_communicates(comm_sms, limit, claimed):
+    lanes, written = claimed
+    lanes.open(comm_sms)
     with lanes._claimed():
-        assert written == []  # copy engines take no SM
+        assert written == [limit]
+    assert written == [limit, 0]
+    with pytest.raises(ValueError, match="of the segment"), lanes._claimed():
+        raise ValueError("of the segment")
+    assert written == [limit, 0] * 2
+
+
+def test_a_broken_stream_shows_its_first_error(claimed, monkeypatch):
+    lanes, _ = claimed
     lanes.open(8)
-    try:
-        with lanes._claimed():
-            assert written == [124]
-            if error is not None:
-                raise error
-    except ValueError:
+
+    def fail(device, limit):
+        raise RuntimeError("of the stream")
+
+    with pytest.raises(ValueError, match="of the segment"), lanes._claimed():
+        monkeypatch.setattr(overlap, "claim_sms", fail)
+        raise ValueError("of the segment")
+
+
+@pytest.mark.parametrize("comm_sms, can", [(0, True), (8, False)])
+def test_nothing_claimed(comm_sms, can, claimed, monkeypatch):
+    """Copy engines take no SM; other GPUs' kernels do not look."""
+    lanes, written = claimed
+    lanes.open(8)
+    monkeypatch.setattr(overlap, "can_claim", lambda device: can)
+    lanes.open(comm_sms)
+    with lanes._claimed():
         pass
-    assert written == [124, 0]
+    assert written == []
 
 
 def test_plan_lives_until_the_compute_lane_is_behind_its_last_reader():

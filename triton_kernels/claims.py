@@ -1,16 +1,26 @@
 """SMs that communication claims from persistent kernels which draw their tiles. No Triton in it.
 
-Communication that comes second would wait for a GEMM's end. So its stream first writes, which takes
-no SM, how many programs a kernel may have to a word in memory. Programs look at it once a tile, and
+Communication that comes second would wait for a GEMM's end. So its stream first writes to a word in
+memory how many programs a kernel may have, which takes no SM. Programs look at it once a tile, and
 those beyond it leave (`tiles_hopper.gives_way`): a kernel that waits for SMs takes theirs.
+
+A program that left does not come back before the next kernel. There is one word a device: of two
+pairs at once the first to end its communication takes back the other's claim. Only speed is at
+stake.
 """
 
 import torch
 
-__all__ = ["claim_sms", "program_limit"]
+__all__ = ["can_claim", "claim_sms", "program_limit"]
 
 
 _limits: dict[torch.device, torch.Tensor] = {}
+
+
+def can_claim(device: torch.device) -> bool:
+    """Whether kernels here look at the limit, as Hopper's do, and this torch can write it."""
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return hopper and hasattr(torch.ops.symm_mem, "stream_write_value32_")
 
 
 def program_limit(device: torch.device) -> torch.Tensor:
@@ -18,9 +28,13 @@ def program_limit(device: torch.device) -> torch.Tensor:
     limit = _limits.get(device)
     if limit is None:
         limit = torch.zeros(1, dtype=torch.int32, device=device)
-        # In a CUDA graph's making it would be the graph's, and zero in its replays only.
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            _limits[device] = limit
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                # Made during a capture it belongs to the graph, and is zero in its replays only.
+                if torch.cuda.is_current_stream_capturing():
+                    return limit
+                torch.cuda.current_stream().synchronize()  # other streams will read it
+        _limits[device] = limit
     return limit
 
 

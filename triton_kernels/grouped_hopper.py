@@ -74,9 +74,9 @@ class HopperConfig:
 
 LONG_STEPS = HopperConfig()
 SHORT_STEPS = HopperConfig(block_k=32, stages=6)
-# Short steps begin to multiply, and end, sooner: 6 % of the time at K = 768, where twelve long ones
-# make a tile. With weights [K, N] they win up to 1.5 %. With [N, K] and K from 1536 on they lose 2
-# to 4 %, and with SwiGLU or its backward up to 6 %.
+# Short steps begin to multiply, and end, sooner: 5 % of the time at K = 768, where twelve long ones
+# make a tile. With weights [K, N] they win or lose up to 2 %. With [N, K] and K from 1536 on they
+# lose 2 to 4 %, and with SwiGLU or its backward up to 5 %.
 SHORT_K = 1024
 
 

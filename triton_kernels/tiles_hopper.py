@@ -50,7 +50,7 @@ def draw(counter_ptr, limit):
     """Asks for the next number of a counter, from one warp: [32] integers that add up to it, or to
     GONE where the program gives way to a `look_at_limit`.
 
-    Nothing waits for it before the sum is taken.
+    Nothing waits for it before the sum is taken; it waits for the limit.
     """
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     stays = (~gives_way(limit)).to(gl.int32)
