@@ -200,8 +200,7 @@ class BlockChunk:
         if num_sms is not None or exchange.device.type != "cuda":
             return num_sms, False
         total, (major, _) = device_facts(exchange.device)
-        draws = major == 9 and moe.precision == "bf16"
-        if draws:
+        if major == 9 and moe.precision == "bf16":  # they draw
             return None, True
         return total - exchange.comm_sms if exchange.comm_sms else None, False
 

@@ -80,10 +80,10 @@ class Times:
     def with_communication(self, ratio: Real, hidden: Real = 1) -> "Times":
         """Adds expert-parallel communication to f, b, w taken as computation alone.
 
-        `ratio` is communication : computation over a forward and a backward (bench/pair.py
-        on four H200s: 0.1 to 0.5). Forward and backward for inputs move the same bytes, half
-        each; weights move none. A pair takes the longer of its computation and its communication,
-        plus the share 1 - `hidden` of the shorter that does not disappear behind it.
+        `ratio` is communication : computation over a forward and a backward (bench/pair.py on four
+        H200s: 0.1 to 0.5). Forward and backward for inputs move the same bytes, half each; weights
+        move none. A pair takes the longer of its computation and its communication, plus the share
+        1 - `hidden` of the shorter that does not disappear behind it.
         """
         if not (math.isfinite(ratio) and ratio >= 0):
             raise ValueError(f"ratio={ratio}: must be communication : computation, 0 or more")

@@ -149,7 +149,7 @@ def test_backward_for_inputs_shorter_than_for_weights_leaves_zb1p_the_fill():
 
 
 def test_makespans_of_four_ranks_and_16_chunks():
-    """By hand; times are of half a rank's layers, so 1f1b's stages take twice as long."""
+    """Computed elsewhere. Times are of half a rank's layers; 1f1b's stages take twice as long."""
     kinds = ("1f1b", "zbv", "dualpipev")
     assert [s.makespan for s in predict(4, 16, kinds=kinds)] == [114, 99, 102]
     overlapped = Times(f=1, b=2, w=1, fb=Fraction(5, 2))
