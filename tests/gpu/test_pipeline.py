@@ -9,6 +9,7 @@ import pickle
 import signal
 import time
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from dualpipe_ext import PeerTimeoutError
 from dualpipe_ext.errors import DualPipeError
 from dualpipe_ext.pipeline import Pipeline
+from dualpipe_ext.pipeline_links import Links
 from dualpipe_ext.schedule import build_schedule
 from tests.dense_moe import relative_error
 from tests.gpu.test_overlap import HIDDEN, LENGTH, build_stage, random_inputs
@@ -50,7 +52,7 @@ def sequential(stages, inputs, labels):
     return torch.stack(losses)
 
 
-def check_pipeline(rank, _, kind, pipeline_ranks, chunks, depth, modes):
+def check_pipeline(rank, _, kind, pipeline_ranks, chunks, depth, modes, ways_expected=WAYS):
     """The pipeline goes first: in a new process all its kernels are new."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     pipeline_group, expert_group, pp, part = split_groups(rank, pipeline_ranks)
@@ -88,7 +90,7 @@ def check_pipeline(rank, _, kind, pipeline_ranks, chunks, depth, modes):
     for stage in stages:
         stage.zero_grad()
     expected = sequential(stages, inputs, labels)
-    assert ways == WAYS, pipeline.links.reason
+    assert ways == ways_expected, pipeline.links.reason
     for losses, grads in found:
         assert losses is None or torch.equal(losses, expected[wanted])
         for stage, ours in zip(mine, grads, strict=True):
@@ -113,6 +115,19 @@ def test_cold_start(kind):
         pool.run(check_pipeline, kind, 2, 6, 1, MODES, timeout=45)
 
 
+def check_nccl_links(rank, _, *args):
+    """As where GPUs do not reach each other's memory."""
+    with mock.patch.object(Links, "_find_obstacle", lambda self: "no peer memory"):
+        check_pipeline(rank, _, *args, ["host", "nccl", "nccl"])
+
+
+@pytest.mark.gpu_2
+@pytest.mark.parametrize("kind", ["dualpipe", "dualpipev"])
+def test_links_by_nccl(kind):
+    with WorkerPool(2, "nccl") as pool:
+        pool.run(check_nccl_links, kind, 2, 6, 1, MODES, timeout=60)
+
+
 @pytest.mark.gpu_2
 @pytest.mark.parametrize("kind", ["dualpipev", "zbv", "1f1b", "zb1p", "dualpipe"])
 def test_two_pipeline_ranks(kind, gpu_workers_2):
@@ -123,7 +138,7 @@ def test_two_pipeline_ranks(kind, gpu_workers_2):
 @pytest.mark.parametrize("kind", ["dualpipev", "dualpipe"])
 @pytest.mark.parametrize("pipeline_ranks", [2, 4])
 def test_four_gpus(kind, pipeline_ranks, gpu_workers_4):
-    modes = MODES | {"weight_delay": "all"}
+    modes = {"comm_sms": 8, "weight_delay": "all"}  # GEMMs draw their tiles
     gpu_workers_4.run(check_pipeline, kind, pipeline_ranks, 8, 1, modes, timeout=300)
 
 
