@@ -13,8 +13,8 @@ forward of one micro-batch with the backward of another. For every shape, form a
     hidden    by time: 1 - (pair - compute) / comm. By trace: the share of the communication
               kernels' time beside computation, which `dualpipe-ext trace` explains
 
-With ``--graphs`` a step of several micro-batches is a CUDA graph, and the time that of one more:
-without the host's, which bounds small shapes.
+With ``--graphs`` a step of several micro-batches is a CUDA graph, stamped inside: times are those
+of one after another, without the host's, which bounds small shapes.
 
 Variants take turns; medians of CUDA events; the slowest rank counts. Without a GPU it runs on gloo
 (try ``--shapes tiny``), and its figures mean nothing. Example::

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from layer import SHAPES as LAYER_SHAPES
-from ranks import local_device, time_in_turn
+from ranks import Stamp, line_up, local_device, slowest, time_in_turn
 
 from dualpipe_ext import Exchange, MoELayer
 from dualpipe_ext.attention import GroupedQueryAttention
@@ -40,7 +41,7 @@ MLP_SMS = ("take-over", "rest")
 MORE_SMS = 32  # outside pairs nothing else needs an SM meanwhile
 HOST_US = 8000  # a call without waits keeps the host busy for about as long
 TIMEOUT = 60.0  # seconds until a rank that fails ends the others
-SHORT, LONG = 2, 6  # micro-batches of a graph
+STEP = 6  # micro-batches of a graph
 ROOM = 1.3  # rows that a rank's experts may get, over the mean
 
 # A launch, a forward and a backward of all layers: ("pair", form, comm_sms, mlp_sms, weight_delay),
@@ -258,11 +259,11 @@ class Workload:
 
 
 class GraphWorkload(Workload):
-    """Without the host: steps of SHORT and of LONG micro-batches are CUDA graphs, and a launch's
-    time is what one micro-batch more takes. The exchanges get `max_rows`."""
+    """Without the host: a step of STEP micro-batches is a CUDA graph, and a launch's time that of
+    one between its first forward and its last backward. The exchanges get `max_rows`."""
 
     def __init__(self, *args) -> None:
-        self._graphs: dict[tuple[Key, int], Callable[[], None]] = {}
+        self._steps: dict[Key, Callable[[], tuple[Stamp, Stamp]]] = {}
         self._stream = self._pool = None
         if torch.cuda.is_available():
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
@@ -277,52 +278,64 @@ class GraphWorkload(Workload):
         return math.ceil(ROOM * tokens * topk / 128) * 128 + padding
 
     def time(self, keys: Iterable[Key], repeats: int) -> dict[Key, float]:
-        keys = list(keys)
-        steps = [(key, count) for key in keys for count in (SHORT, LONG)]
-        for step in steps:
-            if step not in self._graphs:
-                self._graphs[step] = self._capture(*step)
-        launches = {step: self._graphs[step] for step in steps}
-        us = time_in_turn(launches, repeats, 1, host_us=100)
-        return {key: (us[key, LONG] - us[key, SHORT]) / (LONG - SHORT) for key in keys}
+        times = {key: [] for key in keys}
+        for key in times:
+            if key not in self._steps:
+                self._steps[key] = self._capture(key)
+        for repeat in range(1 + repeats):
+            for key, found in times.items():
+                line_up(1000)
+                begin, end = self._steps[key]()
+                if self._stream is not None:
+                    self._stream.synchronize()
+                if repeat:
+                    found.append(begin.until(end) / (STEP - 1))
+        medians = [statistics.median(found) for found in times.values()]
+        return dict(zip(times, slowest(medians), strict=True))
 
     def check(self) -> None:
         for form, used in self.forms.items():
-            self._step(("in order", form, used.exchange.comm_sms), SHORT)
+            self._step(("in order", form, used.exchange.comm_sms))
         super().check()
 
     def close(self) -> None:
-        self._graphs.clear()
+        self._steps.clear()
         super().close()
         if self._stream is not None:
             torch.cuda.set_stream(torch.cuda.default_stream())
 
-    def _capture(self, key: Key, count: int) -> Callable[[], None]:
-        if count == SHORT:
-            self._step(key, count)  # compiles
+    def _capture(self, key: Key) -> Callable[[], tuple[Stamp, Stamp]]:
+        self._step(key, 2)  # compiles
         if self._pool is None:
-            return functools.partial(self._step, key, count)
+            return functools.partial(self._step, key)
         torch.cuda.synchronize()
         self.stage.zero_grad()
         graph = torch.cuda.CUDAGraph()
         how = {"stream": self._stream, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(graph, pool=self._pool, **how):
-            self._step(key, count)
+            stamps = self._step(key)
         self.stage.zero_grad()
-        return graph.replay
 
-    def _step(self, key: Key, count: int) -> None:
-        """The micro-batches of a step."""
+        def replay() -> tuple[Stamp, Stamp]:
+            graph.replay()
+            return stamps
+
+        return replay
+
+    def _step(self, key: Key, count: int = STEP) -> tuple[Stamp, Stamp]:
+        """`count` micro-batches; between the stamps a launch for each but one."""
         kind, form, *rest = key
         if kind == "comm":
-            for _ in range(count):
+            begin = Stamp()
+            for _ in range(count - 1):
                 self.comm(form, *rest)
-            return
+            return begin, Stamp()
         used = self._use(form, *(rest[:1] or [self.forms[form].exchange.comm_sms]))
         if kind == "compute":
             self._put(used.replays)
         chunk = self._start()
         chunk.forward()
+        begin = Stamp()
         for _ in range(count - 1):
             following = self._start()
             if kind == "pair":
@@ -331,4 +344,6 @@ class GraphWorkload(Workload):
                 following.forward()
                 self._backward(chunk)
             chunk = following
+        end = Stamp()
         self._backward(chunk)
+        return begin, end

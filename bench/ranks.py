@@ -83,12 +83,13 @@ def local_device() -> torch.device:
 
 
 class Stamp:
-    """A moment in the current stream; without a GPU, on the host."""
+    """A moment in the current stream, of a CUDA graph in each replay; on the CPU, on the host."""
 
     def __init__(self) -> None:
         self._event = None
         if torch.cuda.is_available():
-            self._event = torch.cuda.Event(enable_timing=True)
+            captured = torch.cuda.is_current_stream_capturing()
+            self._event = torch.cuda.Event(enable_timing=True, external=captured)
             self._event.record()
         self._host = time.perf_counter()
 
