@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from layer import SHAPES as LAYER_SHAPES
-from ranks import Stamp, line_up, local_device, slowest, time_in_turn
+from ranks import Stamp, in_another_order, line_up, local_device, slowest, time_in_turn
 
 from dualpipe_ext import Exchange, MoELayer
 from dualpipe_ext.attention import GroupedQueryAttention
@@ -283,13 +283,13 @@ class GraphWorkload(Workload):
             if key not in self._steps:
                 self._steps[key] = self._capture(key)
         for repeat in range(1 + repeats):
-            for key, found in times.items():
+            for key in in_another_order(times, repeat):
                 line_up(1000)
                 begin, end = self._steps[key]()
                 if self._stream is not None:
                     self._stream.synchronize()
                 if repeat:
-                    found.append(begin.until(end) / (STEP - 1))
+                    times[key].append(begin.until(end) / (STEP - 1))
         medians = [statistics.median(found) for found in times.values()]
         return dict(zip(times, slowest(medians), strict=True))
 

@@ -6,11 +6,13 @@ import argparse
 import datetime
 import json
 import os
+import random
 import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ import dualpipe_ext
 __all__ = [
     "Stamp",
     "describe_run",
+    "in_another_order",
     "line_up",
     "local_device",
     "on_every_gpu",
@@ -31,6 +34,7 @@ __all__ = [
     "write_json",
 ]
 
+Variant = TypeVar("Variant")
 Launch = Callable[[], object]  # puts work on the current stream
 
 
@@ -114,6 +118,17 @@ def slowest(values: Sequence[float]) -> list[float]:
     return found.tolist()
 
 
+def in_another_order(variants: Iterable[Variant], repeat: int) -> list[Variant]:
+    """Another one each time, the same on all ranks.
+
+    A GPU at its power limit sets its clock by what it drew some 100 ms before: a variant that
+    always followed the same others would always get the clock that those earned.
+    """
+    order = list(variants)
+    random.Random(repeat).shuffle(order)
+    return order
+
+
 def time_in_turn(
     variants: dict[str, Launch], repeats: int, warmup: int, calls: int = 1, host_us: float = 250
 ) -> dict[str, float]:
@@ -124,11 +139,11 @@ def time_in_turn(
     """
     times = {name: [] for name in variants}
     for repeat in range(warmup + repeats):
-        for name, launch in variants.items():
+        for name in in_another_order(variants, repeat):
             line_up(750 + host_us * calls)
             begin = Stamp()
             for _ in range(calls):
-                launch()
+                variants[name]()
             if repeat >= warmup:
                 times[name].append((begin, Stamp()))
         if torch.cuda.is_available():
