@@ -151,23 +151,25 @@ def routers(inputs: Inputs, num_sms: int) -> dict[str, Timed]:
             device="cuda",
         ).requires_grad_(False)
         back = (bias is None, True, groups, 2.5, num_sms)
-        timed |= {
-            f"route E{E}": Timed(
-                lambda i, w=weight, b=bias, how=how: ops.route(x[i], w, b, K, *how),
-                inputs.row + E * H * 4 + table,
-                2 * T * H * E,
-            ),
-            f"route E{E}, plain torch": Timed(
-                lambda i, plain=plain: plain(x[i]), inputs.row + E * H * 4 + table, 2 * T * H * E
-            ),
-            f"route_backward E{E}": Timed(
-                lambda i, w=weight, d=d_weight, s=d_sum, z=logits, idx=idx, back=back: (
-                    ops.route_backward(d, s, x[i], w, z, idx, *back)
+        timed[f"route E{E}, plain torch"] = Timed(
+            lambda i, plain=plain: plain(x[i]), inputs.row + E * H * 4 + table, 2 * T * H * E
+        )
+        for suffix, w in (("", weight), (", weight bf16", weight.bfloat16())):
+            size = w.numel() * w.element_size()
+            timed |= {
+                f"route E{E}{suffix}": Timed(
+                    lambda i, w=w, b=bias, how=how: ops.route(x[i], w, b, K, *how),
+                    inputs.row + size + table,
+                    2 * T * H * E,
                 ),
-                2 * inputs.row + 2 * E * H * 4 + table,
-                4 * T * H * E,
-            ),
-        }
+                f"route_backward E{E}{suffix}": Timed(
+                    lambda i, w=w, d=d_weight, s=d_sum, z=logits, idx=idx, back=back: (
+                        ops.route_backward(d, s, x[i], w, z, idx, *back)
+                    ),
+                    2 * inputs.row + size + E * H * 4 + table,
+                    4 * T * H * E,
+                ),
+            }
     return timed
 
 
@@ -199,7 +201,7 @@ def measure(timed: dict[str, Timed], copy: Timed, rounds: int) -> list[dict]:
 def changes() -> dict[str, list[tuple[object, dict]]]:
     """What to try by kind: names of a module, or entries of a table, and their values."""
     there, back = router_hopper.CONFIGS, router_backward_hopper.CONFIGS
-    forward, backward = there[64], back[64]
+    backward = back[64]
     return {
         "norm": [
             (norm, dict(MAX_STAGES=3)),
@@ -223,9 +225,10 @@ def changes() -> dict[str, list[tuple[object, dict]]]:
             (cross_entropy, dict(KEEP=False)),
         ],
         "router": [
-            (there, {64: replace(forward, stages=3)}),
-            (there, {64: replace(forward, early=False)}),
-            (there, {128: replace(there[128], stages=2)}),
+            (there, {64: replace(there[64], stages=4)}),
+            (there, {128: replace(there[128], stages=3)}),
+            (there, {128: replace(there[128], early=False)}),
+            (there, {256: replace(there[256], stages=2)}),
             (back, {64: replace(backward, stages=3)}),
             (back, {64: replace(backward, stages=5)}),
             (back, {64: replace(backward, dx_stages=1)}),

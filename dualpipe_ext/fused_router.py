@@ -14,8 +14,6 @@ dx 0.3 %, for which the weight and then the sums are rounded, too; torch rounds 
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,7 +64,9 @@ def route(
     route_scale: float = 1.0,
     num_sms: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Routes ``x`` [T, H] of bf16, fp16 or fp32 with ``weight`` [E, H] fp32.
+    """Routes ``x`` [T, H] of bf16, fp16 or fp32 with ``weight`` [E, H] fp32 or bf16.
+
+    A bf16 weight halves the products and gives what it would give in fp32. Its gradient is bf16.
 
     ``bias`` [E] fp32 means sigmoid scores, chosen with it and among the ``topk_groups`` best of
     ``n_groups`` groups; None softmax.
@@ -80,9 +80,10 @@ def route(
     """
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(f"x is {x.dtype}: pass torch.bfloat16, float16 or float32")
-    if weight.dtype != torch.float32 or (bias is not None and bias.dtype != torch.float32):
-        given = "" if bias is None else f", bias {bias.dtype}"
-        raise TypeError(f"weight is {weight.dtype}{given}: pass torch.float32")
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"weight is {weight.dtype}: pass torch.float32 or bfloat16")
+    if bias is not None and bias.dtype != torch.float32:
+        raise TypeError(f"bias is {bias.dtype}: pass torch.float32")
     E = weight.shape[0]
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -107,8 +108,10 @@ def route(
 def _forward(
     x, weight, bias, topk, renormalize, n_groups, topk_groups, route_scale, num_sms
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hopper = fits_hopper(x, weight, topk, n_groups)
+    weight = weight if hopper else weight.float()
     if fits(x, weight, topk, n_groups):
-        kernel = _kernel(x, weight, topk, n_groups)
+        kernel = _route_hopper if hopper else _route_triton
         topk_idx, topk_weight, logits, probability_sum, count = kernel(
             _aligned(x),
             _aligned(weight),
@@ -132,12 +135,10 @@ def _forward(
     return topk_weight * route_scale, probability.sum(dim=0), topk_idx.int(), count, logits
 
 
-def _kernel(x: Tensor, weight: Tensor, topk: int, n_groups: int):
-    if fits_hopper(x, weight, topk, n_groups):
-        return _route_hopper
+def _route_triton(x, weight, bias, **how):
     from .triton_kernels.router import route
 
-    return partial(route, part=_part(x))
+    return route(x, weight, bias, part=_part(x), **how)
 
 
 def _route_hopper(x, weight, bias, *, n_groups, num_sms, **how):
@@ -174,11 +175,11 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, E = x.shape[0], weight.shape[0]
     return (
-        weight.new_empty(T, topk),
-        weight.new_empty(E),
+        x.new_empty(T, topk, dtype=torch.float32),
+        x.new_empty(E, dtype=torch.float32),
         x.new_empty(T, topk, dtype=torch.int32),
-        weight.new_empty(E, dtype=torch.int64),
-        weight.new_empty(T, E),
+        x.new_empty(E, dtype=torch.int64),
+        x.new_empty(T, E, dtype=torch.float32),
     )
 
 
@@ -196,6 +197,9 @@ def _backward(
     route_scale,
     num_sms,
 ) -> tuple[Tensor, Tensor]:
+    """dx, and d_weight in fp32."""
+    hopper = fits_hopper(x, weight, topk_idx.shape[1], n_groups)
+    weight = weight if hopper else weight.float()
     if fits(x, weight, topk_idx.shape[1], n_groups):
         from .triton_kernels import router_backward as kernels
 
@@ -210,7 +214,7 @@ def _backward(
             renormalize=renormalize,
             route_scale=route_scale,
             num_sms=sm_count(x, num_sms),
-            hopper=fits_hopper(x, weight, topk_idx.shape[1], n_groups),
+            hopper=hopper,
             part=_part(x),
         )
     scores, probability = _scores(logits, softmax)
@@ -232,7 +236,7 @@ def _backward(
 
 
 def _backward_fake(d_topk_weight, d_probability_sum, x, weight, *rest) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -246,7 +250,7 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, d_topk_weight, d_probability_sum, _d_idx, _d_count, _d_logits):
     how = (ctx.softmax, ctx.renormalize, ctx.n_groups, ctx.route_scale, ctx.num_sms)
     dx, d_weight = _route_backward(d_topk_weight, d_probability_sum, *ctx.saved_tensors, *how)
-    return dx, d_weight, *(None,) * 7
+    return dx, d_weight.to(ctx.saved_tensors[1].dtype), *(None,) * 7
 
 
 _route = define(

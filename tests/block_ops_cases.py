@@ -265,6 +265,7 @@ def check_route(
     keep=1,
     renormalize=True,
     num_sms=None,
+    weight_dtype=torch.float32,
     run=None,
 ) -> None:
     """Against `Router` in fp64. `run` takes the place of `route` and its gradient."""
@@ -280,7 +281,7 @@ def check_route(
     )
     router.double().to(device)
     x = drawn(1, T, H, dtype=dtype, device=device)
-    weight = drawn(2, E, H, device=device) * 2 / H**0.5
+    weight = (drawn(2, E, H, device=device) * 2 / H**0.5).to(weight_dtype)
     bias = drawn(3, E, device=device) / 8 if sigmoid else None
     with torch.no_grad():
         router.weight.copy_(weight)
@@ -322,7 +323,7 @@ def check_route(
         (x_leaf, weight_leaf),
         (d_weight.float(), (d_sum / T).float()),
     )
-    assert got_dx.dtype == dtype and got_dw.dtype == torch.float32
+    assert got_dx.dtype == dtype and got_dw.dtype == weight_dtype
     # Where one expert has all of the probability, its gradient is what is left of these terms.
     terms = (scores / scores.sum(1, keepdim=True) * d_sum / T).detach()
     size = (terms @ weight.double()).norm()
@@ -331,7 +332,7 @@ def check_route(
     # For bf16 the kernels on Hopper take the logits' gradients rounded to it.
     hopper = device != "cpu" and torch.cuda.get_device_capability(device)[0] == 9
     rounded = dtype == torch.float16 or (dtype == torch.bfloat16 and hopper and E <= 256)
-    math = dtype if rounded else fp32
+    math = dtype if rounded else weight_dtype
     same(got_dw, want_dw, math, "d_weight", want_dw.norm() + size)
 
 

@@ -47,10 +47,14 @@ RESOURCES = {
     "route, Hopper, E 64": (168, 0, 196792),
     "route, Hopper, E 128": (168, 0, 196784),
     "route, Hopper, E 256": (168, 0, 196784),
+    "route, Hopper, E 64, weight bf16": (168, 0, 205008),
+    "route, Hopper, E 128, weight bf16": (168, 0, 196792),
+    "route, Hopper, E 256, weight bf16": (168, 0, 196792),
     "split_weight": (34, 0, 0),
-    "choose": (64, 0, 8192),
+    "pad_weight": (32, 0, 0),
+    "choose": (64, 0, 16384),
     "choose, E 128": (64, 16, 16384),
-    "choose, DeepSeek-V3": (64, 16, 32768),
+    "choose, DeepSeek-V3": (64, 24, 16384),
     "d_logits": (112, 0, 0),
     "d_logits, rounded": (75, 0, 0),
     "d_logits, rounded, DeepSeek-V3": (113, 0, 0),
@@ -186,10 +190,10 @@ def _route(E=64, K=8, groups=1, keep=1, sigmoid=False, dtype=BF16):
     route(x, weight, torch.empty(E) if sigmoid else None, num_sms=132, **how)
 
 
-def _logits_hopper(E=64):
+def _logits_hopper(E=64, dtype=FP32):
     from dualpipe_ext.triton_kernels.router_hopper import logits_hopper
 
-    x, weight = torch.empty(8192, 64, dtype=BF16), torch.empty(E, 64)
+    x, weight = torch.empty(8192, 64, dtype=BF16), torch.empty(E, 64, dtype=dtype)
     logits_hopper(x, weight, n_groups=3 if E == 15 else 1, num_sms=132)
 
 
@@ -272,6 +276,12 @@ LAUNCHES = {
     "route, DeepSeek-V3": ("router", "route_kernel", _route, DEEPSEEK),
     "route, E 512, K 32, fp32": ("router", "route_kernel", _route, dict(E=512, K=32, dtype=FP32)),
     "split_weight": ("router_hopper", "split_weight_kernel", _logits_hopper, {}),
+    "pad_weight": (
+        "router_hopper",
+        "split_weight_kernel",
+        _logits_hopper,
+        dict(E=15, dtype=BF16),
+    ),
     "choose": ("router_choice", "choose_kernel", _choose, {}),
     "choose, E 128": ("router_choice", "choose_kernel", _choose, dict(E=128)),
     "choose, DeepSeek-V3": ("router_choice", "choose_kernel", _choose, DEEPSEEK),
@@ -307,6 +317,10 @@ LAUNCHES |= {
     f"{name}, Hopper, E {E}": (*launch, dict(E=E))
     for name, launch in HOPPER.items()
     for E in (15, 64, 128, 256)
+}
+LAUNCHES |= {
+    f"route, Hopper, E {E}, weight bf16": (*HOPPER["route"], dict(E=E, dtype=BF16))
+    for E in (64, 128, 256)
 }
 
 

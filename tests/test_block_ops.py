@@ -85,13 +85,15 @@ def test_cross_entropy(T, V, dtype, reduction, z_loss, inplace, scale):
     st.integers(2, 7),  # the gradients of a choice among one are 0
     st.integers(1, 7),
     st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
     st.booleans(),
     st.booleans(),
 )
-def test_route(T, H, groups, size, topk, dtype, sigmoid, renormalize):
+def test_route(T, H, groups, size, topk, dtype, weight_dtype, sigmoid, renormalize):
     groups, keep = groups if sigmoid else (1, 1)
     topk = min(topk, keep * size)
     how = dict(sigmoid=sigmoid, groups=groups, keep=keep, renormalize=renormalize)
+    how |= dict(weight_dtype=weight_dtype)
     cases.check_route(T, H, groups * size, topk, dtype, **how)
 
 
@@ -204,9 +206,10 @@ def test_opcheck_cross_entropy():
     check_op("scale_rows_", logits, torch.ones(1), 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [None, torch.zeros(6)])
-def test_opcheck_route(bias):
-    x, weight = torch.randn(5, 8).requires_grad_(), torch.randn(6, 8).requires_grad_()
+def test_opcheck_route(bias, dtype):
+    x, weight = torch.randn(5, 8).requires_grad_(), torch.randn(6, 8, dtype=dtype).requires_grad_()
     check_op("route", x, weight, bias, 2, True, 1, 1, 2.5, 0)
     logits, idx = torch.randn(5, 6), torch.tensor([[0, 3]] * 5, dtype=torch.int32)
     arguments = (torch.randn(5, 2), torch.randn(6), x.detach(), weight.detach(), logits, idx)
@@ -287,7 +290,8 @@ LOGITS, TARGETS = torch.randn(4, 9), torch.zeros(4, dtype=torch.int64)
             "no rows to write over",
         ),
         (lambda: route(X.double(), X, None, topk=1), TypeError, r"x is torch\.float64"),
-        (lambda: route(X, X.bfloat16(), None, topk=1), TypeError, r"weight is torch\.bfloat16"),
+        (lambda: route(X, X.half(), None, topk=1), TypeError, r"weight is torch\.float16"),
+        (lambda: route(X, X, W.half(), topk=1), TypeError, r"bias is torch\.float16"),
         (lambda: route(X, LOGITS, None, topk=1), ValueError, r"\(4, 9\) do not fit"),
         (lambda: route(X, X, W, topk=1), ValueError, r"bias is \(8,\).*\(4,\)"),
         (lambda: route(X, X, None, topk=5), ValueError, "topk=5.*1 <= topk <= 4"),

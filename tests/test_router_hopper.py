@@ -83,8 +83,8 @@ def emulated():
         return gluon_emulator.emulate(ROOT / "triton_kernels", *names)
 
 
-def run_logits(T, H, E, groups=1, num_sms=3):
-    x, weight = drawn(1, T, H, dtype=BF16), drawn(2, E, H)
+def run_logits(T, H, E, groups=1, num_sms=3, dtype=torch.float32):
+    x, weight = drawn(1, T, H, dtype=BF16), drawn(2, E, H, dtype=dtype)
     parts = emulated()[0].logits_hopper(x, weight, n_groups=groups, num_sms=num_sms)
     assert not parts.isnan().any()
     return parts, x.double() @ weight.double().T
@@ -110,8 +110,9 @@ def run_gradients(T, H, E, num_sms=3):
         (130, 200, 256, 8, 40),
     ],
 )
-def test_logits(T, H, E, groups, num_sms):
-    parts, want = run_logits(T, H, E, groups, num_sms)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_logits(T, H, E, groups, num_sms, dtype):
+    parts, want = run_logits(T, H, E, groups, num_sms, dtype)
     assert parts.shape[0] <= -(-H // 64)
     # Groups of experts stand apart, where they are no power of two.
     logits = parts.sum(0).unflatten(1, (-1, parts.shape[2] // {3: 4}.get(groups, groups)))
@@ -119,11 +120,12 @@ def test_logits(T, H, E, groups, num_sms):
     assert not logits[:, groups:].any() and not logits[:, :, E // groups :].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("E", [20, 100])
-def test_sums_in_memory_go_on(E, monkeypatch):
+def test_sums_in_memory_go_on(E, dtype, monkeypatch):
     """H is not split: what follows 28 steps is added to what they left."""
     monkeypatch.setattr(emulated()[0], "even_splits", lambda *sizes: 1)
-    parts, want = run_logits(300, 57 * 64, E)
+    parts, want = run_logits(300, 57 * 64, E, dtype=dtype)
     assert len(parts) == 1 and relative_error(parts[0, :, :E], want) < 1e-5
 
 

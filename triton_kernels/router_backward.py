@@ -237,15 +237,17 @@ def route_backward(
     d_probability_sum  [E] fp32, contiguous: of the probabilities added over the tokens
     x, weight, logits  as given to and returned by `router.route`
     hopper             with the second kernel of `router_backward_hopper`: bf16, a Hopper GPU, at
-                       most 256 experts; d_weight then from d_logits rounded to bf16, 0.17 % off
+                       most 256 experts; d_weight then from d_logits rounded to bf16, 0.17 % off,
+                       and the weight may be bf16
     """
     (T, H), E, K = x.shape, weight.shape[0], topk_idx.shape[1]
     width = ceil_div(E, 8) * 8  # TMA: rows of 16 bytes
     d_logits = torch.empty(1 if hopper else 2, T, width, dtype=part, device=x.device)
-    rounded = torch.empty_like(weight, dtype=part) if hopper else None
+    rounding = hopper and weight.dtype != part
+    rounded = torch.empty_like(weight, dtype=part) if rounding else None
     columns = max(16, power_of_two(E))
     rows = min(ROWS, NUMBERS // columns)
-    tiles = max(ceil_div(T, rows), ceil_div(E * H, NUMBERS) if hopper else 1)
+    tiles = max(ceil_div(T, rows), ceil_div(E * H, NUMBERS) if rounding else 1)
     d_logits_kernel[(max(1, min(num_sms, tiles)),)](
         logits,
         topk_idx,
@@ -271,7 +273,8 @@ def route_backward(
     if hopper:
         from .router_backward_hopper import gradients_hopper
 
-        return gradients_hopper(d_logits[0], x, rounded, num_sms=num_sms)
+        weight = rounded if rounding else weight
+        return gradients_hopper(d_logits[0], x, weight, num_sms=num_sms)
 
     columns = max(64, columns)  # an MMA of a warp group has 64 rows
     config = config or config_for(columns, x.dtype)

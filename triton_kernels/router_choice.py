@@ -134,9 +134,14 @@ def add_up(
     """Adds a block's probabilities and tokens, [rows, columns], to those of all blocks; whoever is
     the last stores the total."""
     COLUMNS: gl.constexpr = probability.shape[1]
+    LANES: gl.constexpr = probability.shape[0] // 8
+    # 8 rows a thread: where they lie, a row a warp, sums took as long as the K rounds.
+    rows: gl.constexpr = gl.BlockedLayout(
+        [8, 1, 2], [LANES, 32 // LANES, 1], [1, WARPS, 1], [2, 1, 0]
+    )
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     # First all columns' probabilities, then all columns' tokens.
-    sums = gl.sum(gl.join(probability, count), axis=0)
+    sums = gl.sum(gl.convert_layout(gl.join(probability, count), rows), axis=0)
     sums = gl.convert_layout(sums.permute((1, 0)).reshape([2 * COLUMNS]), layout)
     number = gl.arange(0, 2 * COLUMNS, layout)
     is_count = number >= COLUMNS

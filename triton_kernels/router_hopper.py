@@ -1,10 +1,11 @@
 """The router's logits on Hopper, each warp with a role of its own; `router_choice` chooses.
 
-Letters: T tokens, H hidden, E experts, S splits of H. The arithmetic is `router`'s, weight = high +
-low in bf16, for x in bf16. A first kernel leaves both parts of the weight in memory. In the second
-a program's tile is 256 rows of x and 64 or 128 experts:
+Letters: T tokens, H hidden, E experts, S splits of H. The arithmetic is `router`'s, for x in bf16:
+weight = high + low, two bf16 parts, which a first kernel leaves in memory. A weight in bf16 is its
+own high part; it needs no other product, and the first kernel only where groups are padded. In the
+second kernel a program's tile is 256 rows of x and 64 or 128 experts:
 
-    two loaders   a warp each, by TMA, 64 columns a stage: x, and both parts of the weight
+    two loaders   a warp each, by TMA, 64 columns a stage: x, and the weight's parts
     products      two warpgroups, weight @ x.T: experts are the rows, 64 a product. With 128 each
                   warpgroup has 64 of them and all rows of x, else all experts and half the rows.
 
@@ -61,7 +62,7 @@ SPLIT_ROWS, SPLIT_COLUMNS, SPLIT_WARPS = 8, 512, 8
 class HopperConfig:
     """Compile-time shape of the kernel.
 
-    stages  in flight, of 32 KiB of x and 256 bytes an expert
+    stages  in flight, of 32 KiB of x and for each expert 128 bytes of each part
     early   whether it starts while the weight is still being split, with loads of x
     """
 
@@ -69,8 +70,8 @@ class HopperConfig:
     early: bool = True
 
 
-# By experts of a program: 4 × 48 KiB, 3 × 64.
-CONFIGS = {64: HopperConfig(stages=4), 128: HopperConfig(stages=3)}
+# By experts of a program, times parts: 5 × 40 KiB, 4 × 48, 3 × 64.
+CONFIGS = {64: HopperConfig(stages=5), 128: HopperConfig(stages=4), 256: HopperConfig(stages=3)}
 
 
 @gluon.jit
@@ -117,6 +118,7 @@ def split_weight_kernel(
     SIZE: gl.constexpr,
     N_GROUPS: gl.constexpr,
     COLUMNS: gl.constexpr,
+    PARTS: gl.constexpr,
     HEIGHT: gl.constexpr,
     WIDTH: gl.constexpr,
     WARPS: gl.constexpr,
@@ -134,22 +136,25 @@ def split_weight_kernel(
         expert, valid = locate_experts(first + row, E, SIZE, N_GROUPS)
         value = gl.load(weight_ptr + left + (expert * H + column), mask=valid & inside, other=0.0)
         high = value.to(gl.bfloat16)
-        low = (value - high.to(gl.float32)).to(gl.bfloat16)
         # COLUMNS rows of the high part, as many of the low one, and again.
-        start = first // COLUMNS * (2 * COLUMNS) + first % COLUMNS
+        start = first // COLUMNS * (PARTS * COLUMNS) + first % COLUMNS
         target = parts_ptr + left + ((start + row) * H + column)
         exists = inside & (row >= 0)
         gl.store(target, high, mask=exists)
-        gl.store(target + COLUMNS * H, low, mask=exists)
+        if PARTS == 2:
+            low = (value - high.to(gl.float32)).to(gl.bfloat16)
+            gl.store(target + COLUMNS * H, low, mask=exists)
 
 
 def split_weight(weight: torch.Tensor, *, n_groups: int, num_sms: int) -> torch.Tensor:
-    """The weight [E, H] fp32 as [passes, 2, N, H] bf16: N of its columns, 64 or 128, a pass, as
-    `columns_of` has them, high part and low part; zeros where there is no expert."""
+    """The weight [E, H] as [passes, parts, N, H] bf16: N of its columns, 64 or 128, a pass, as
+    `columns_of` has them, of fp32 the high part and the low part; zeros where there is no expert.
+    """
     E, H = weight.shape
     groups, size = columns_of(E, n_groups)
     passes, columns = _passes(groups * size)
-    parts = torch.empty(passes, 2, columns, H, dtype=torch.bfloat16, device=weight.device)
+    num_parts = _parts(weight)
+    parts = torch.empty(passes, num_parts, columns, H, dtype=torch.bfloat16, device=weight.device)
     strips = ceil_div(H, SPLIT_COLUMNS)
     items = passes * columns // SPLIT_ROWS * strips
     split_weight_kernel[(even_grid(items, num_sms),)](
@@ -162,6 +167,7 @@ def split_weight(weight: torch.Tensor, *, n_groups: int, num_sms: int) -> torch.
         SIZE=size,
         N_GROUPS=n_groups,
         COLUMNS=columns,
+        PARTS=num_parts,
         HEIGHT=SPLIT_ROWS,
         WIDTH=SPLIT_COLUMNS,
         WARPS=SPLIT_WARPS,
@@ -173,6 +179,10 @@ def split_weight(weight: torch.Tensor, *, n_groups: int, num_sms: int) -> torch.
 def _passes(columns: int) -> tuple[int, int]:
     """How often a tile is multiplied, and with how many columns, 64 or 128: 256 → (2, 128)."""
     return ceil_div(columns, BLOCK_E), max(BLOCK_ROWS, min(columns, BLOCK_E))
+
+
+def _parts(weight: torch.Tensor) -> int:
+    return 1 if weight.dtype == torch.bfloat16 else 2
 
 
 # ---- Logits ----
@@ -250,13 +260,14 @@ def multiply(
     sizes,
     W: gl.constexpr,
     STRIDE: gl.constexpr,
+    PARTS: gl.constexpr,
     PASSES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Warpgroup W of two: half of a tile's experts, or of its rows."""
     full, empty = barriers
     T, H, splits, items = sizes
-    COLUMNS: gl.constexpr = w_smem.shape[1] // 2
+    COLUMNS: gl.constexpr = w_smem.shape[1] // PARTS
     BY_EXPERTS: gl.constexpr = COLUMNS > BLOCK
     N: gl.constexpr = ROWS if BY_EXPERTS else ROWS // 2
     EXPERT: gl.constexpr = W * BLOCK if BY_EXPERTS else 0
@@ -270,26 +281,30 @@ def multiply(
         target += part * COLUMNS + EXPERT
         for start in range(begin, end, DEEPEST):
             sums = gl.zeros([BLOCK, N], gl.float32, layout)
-            small = gl.zeros([BLOCK, N], gl.float32, layout)  # unused where both share the sums
+            small = gl.zeros([BLOCK, N], gl.float32, layout)  # unused where all share the sums
             for step in range(start, min(start + DEEPEST, end)):
                 slot = count % STAGES
                 mbarrier.wait(full.index(slot), count // STAGES & 1)
                 x = x_smem.index(slot).slice(ROW, N).permute((1, 0))
                 high = w_smem.index(slot).slice(EXPERT, BLOCK)
-                low = w_smem.index(slot).slice(COLUMNS + EXPERT, BLOCK)
                 # The step before this one ends.
-                if BY_EXPERTS:
-                    sums = warpgroup_mma(low, x, sums, is_async=True)
+                if PARTS == 1:
                     sums = warpgroup_mma(high, x, sums, is_async=True)
-                    sums = warpgroup_mma_wait(2, (sums,))
+                    sums = warpgroup_mma_wait(1, (sums,))
                 else:
-                    small = warpgroup_mma(low, x, small, is_async=True)
-                    sums = warpgroup_mma(high, x, sums, is_async=True)
-                    small, sums = warpgroup_mma_wait(2, (small, sums))
+                    low = w_smem.index(slot).slice(COLUMNS + EXPERT, BLOCK)
+                    if BY_EXPERTS:
+                        sums = warpgroup_mma(low, x, sums, is_async=True)
+                        sums = warpgroup_mma(high, x, sums, is_async=True)
+                        sums = warpgroup_mma_wait(2, (sums,))
+                    else:
+                        small = warpgroup_mma(low, x, small, is_async=True)
+                        sums = warpgroup_mma(high, x, sums, is_async=True)
+                        small, sums = warpgroup_mma_wait(2, (small, sums))
                 if step > start:
                     mbarrier.arrive(empty.index((count - 1) % STAGES))
                 count += 1
-            if BY_EXPERTS:
+            if BY_EXPERTS or PARTS == 1:
                 sums = warpgroup_mma_wait(0, (sums,))
             else:
                 small, sums = warpgroup_mma_wait(0, (small, sums))
@@ -309,6 +324,7 @@ def logits_hopper_kernel(
     splits,
     items,
     STRIDE: gl.constexpr,
+    PARTS: gl.constexpr,
     PASSES: gl.constexpr,
     STAGES: gl.constexpr,
     EARLY: gl.constexpr,
@@ -321,13 +337,13 @@ def logits_hopper_kernel(
         [
             (
                 multiply,
-                (parts_ptr, x_smem, w_smem, barriers, sizes, gl.constexpr(0), STRIDE, PASSES,
-                 STAGES),
+                (parts_ptr, x_smem, w_smem, barriers, sizes, gl.constexpr(0), STRIDE, PARTS,
+                 PASSES, STAGES),
             ),
             (
                 multiply,
-                (parts_ptr, x_smem, w_smem, barriers, sizes, gl.constexpr(1), STRIDE, PASSES,
-                 STAGES),
+                (parts_ptr, x_smem, w_smem, barriers, sizes, gl.constexpr(1), STRIDE, PARTS,
+                 PASSES, STAGES),
             ),
             (
                 load_stages,
@@ -354,30 +370,35 @@ def logits_hopper(
     """x @ weight.T in parts [S, T, columns] fp32 whose sum it is; columns as `columns_of` has them.
 
     x       [T, H] bf16, T ≥ 1, H a multiple of 8, contiguous, at a multiple of 16 bytes
-    weight  [E, H] fp32, likewise; sizes that `fits_hopper`
+    weight  [E, H] fp32 or bf16, likewise; sizes that `fits_hopper`
     """
     (T, H), E = x.shape, weight.shape[0]
     groups, size = columns_of(E, n_groups)
     passes, columns = _passes(groups * size)
-    config = config or CONFIGS[columns]
+    num_parts = _parts(weight)
+    config = config or CONFIGS[columns * num_parts]
     row_tiles = ceil_div(T, TILE_ROWS)
     splits = even_splits(row_tiles * passes, ceil_div(H, STEP))
     items = row_tiles * passes * splits
-    halves = split_weight(weight, n_groups=n_groups, num_sms=num_sms)
-    parts = weight.new_empty(splits, T, groups * size)
+    # Beyond its end TMA reads zeros.
+    as_it_is = num_parts == 1 and (n_groups == 1 or size == E // n_groups)
+    parts = weight if as_it_is else split_weight(weight, n_groups=n_groups, num_sms=num_sms)
+    early = config.early and not as_it_is  # which waits for the one kernel that writes `parts`
+    sums = torch.empty(splits, T, groups * size, dtype=torch.float32, device=x.device)
     logits_hopper_kernel[(even_grid(items, num_sms),)](
         describe(x, [TILE_ROWS, STEP]),
-        describe(halves.view(-1, H), [2 * columns, STEP]),
-        parts,
+        describe(parts.view(-1, H), [num_parts * columns, STEP]),
+        sums,
         T,
         H // 8,
         splits,
         items,
         STRIDE=groups * size,
+        PARTS=num_parts,
         PASSES=passes,
         STAGES=config.stages,
-        EARLY=config.early,
+        EARLY=early,
         num_warps=4,
-        launch_pdl=config.early,
+        launch_pdl=early,
     )
-    return parts
+    return sums

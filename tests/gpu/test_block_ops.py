@@ -117,6 +117,11 @@ def test_cross_entropy(V, how, dtype):
         (4097, 7168, 64, 8, {}, BF16),
         (4097, 7168, 64, 8, {}, FP32),
         (1000, 136, 15, 4, dict(sigmoid=True, groups=3, keep=2), BF16),
+        (4097, 7168, 64, 8, dict(weight_dtype=BF16), BF16),
+        (1000, 136, 15, 4, dict(sigmoid=True, groups=3, keep=2, weight_dtype=BF16), BF16),
+        (700, 2048, 100, 4, dict(weight_dtype=BF16), BF16),
+        (2049, 7168, 256, 8, dict(sigmoid=True, groups=8, keep=4, weight_dtype=BF16), BF16),
+        (300, 520, 512, 6, dict(weight_dtype=BF16), BF16),
         (513, 2048, 128, 1, dict(renormalize=False), BF16),
         (700, 520, 100, 4, dict(renormalize=False), FP32),
         (2049, 7168, 256, 8, dict(sigmoid=True, groups=8, keep=4), BF16),
@@ -194,7 +199,7 @@ def test_random_shapes():
     cases.check_swiglu(T, 8 * draw(1, 500), BF16, "cuda", num_sms=sms)
     cases.check_cross_entropy(T, draw(2, 9000), BF16, "cuda", num_sms=sms)
     E = draw(2, 300)
-    how = dict(sigmoid=bool(draw(0, 1)), num_sms=sms)
+    how = dict(sigmoid=bool(draw(0, 1)), num_sms=sms, weight_dtype=(BF16, FP32)[draw(0, 1)])
     cases.check_route(T, 8 * draw(1, 90), E, draw(1, min(E, 9)), BF16, "cuda", **how)
 
 
