@@ -249,8 +249,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _gradients(ctx, d_topk_weight, d_probability_sum, _d_idx, _d_count, _d_logits):
     how = (ctx.softmax, ctx.renormalize, ctx.n_groups, ctx.route_scale, ctx.num_sms)
-    dx, d_weight = _route_backward(d_topk_weight, d_probability_sum, *ctx.saved_tensors, *how)
-    return dx, d_weight.to(ctx.saved_tensors[1].dtype), *(None,) * 7
+    saved = ctx.saved_tensors  # under a checkpoint they can be had once
+    dx, d_weight = _route_backward(d_topk_weight, d_probability_sum, *saved, *how)
+    return dx, d_weight.to(saved[1].dtype), *(None,) * 7
 
 
 _route = define(
