@@ -295,7 +295,7 @@ class GraphWorkload(Workload):
 
     def check(self) -> None:
         for form, used in self.forms.items():
-            self._step(("in order", form, used.exchange.comm_sms))
+            self._step(("in order", form, used.exchange.comm_sms), 2)
         super().check()
 
     def close(self) -> None:
