@@ -162,9 +162,10 @@ def improve_placement(
     sent = count_moved(stepped, home_LR, num_gpus)
     further = count_moved(fresh, home_LR, num_gpus) - sent
     score = torch.where(worth, gain / further.clamp(min=1), 0.0)
-    fewer_together = count_together(stepped, num_gpus) - count_together(fresh, num_gpus)
-    score[fewer_together > 0] = torch.inf
-    score[fewer_together < 0] = 0
+    if num_slots // num_gpus <= load_LE.shape[1] // num_nodes:  # else some must stand together
+        fewer_together = count_together(stepped, num_gpus) - count_together(fresh, num_gpus)
+        score[fewer_together > 0] = torch.inf
+        score[fewer_together < 0] = 0
     order = score.argsort(descending=True, stable=True)
     order = order[score[order] > 0]
     if max_moved is not None:

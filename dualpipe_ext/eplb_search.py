@@ -48,7 +48,8 @@ class PlacementSearch:
 
     A step swaps two slots of different GPUs, or gives an expert of the heaviest GPU one more copy
     in the slot of an expert that has several. No step puts two copies of an expert on one GPU, and
-    those that the start holds are parted first.
+    those that the start holds are parted first, unless a GPU has more slots than there are experts
+    and must hold some twice.
 
     Args:
         load_XE: [X, E].
@@ -88,7 +89,9 @@ class PlacementSearch:
 
     def run(self) -> torch.Tensor:
         """Search until nothing helps or the budget is spent; returns the placement, [X, R]."""
-        self.separate_copies()
+        num_experts = (self.count > 0).sum(-1)
+        if bool((num_experts >= self.expert.shape[1] // self.num_gpus).all()):
+            self.separate_copies()
         smallest_gain = SMALLEST_GAIN * self.gpu_load.mean(-1)
         stuck = torch.zeros(len(self.expert), dtype=torch.bool)
         while True:
