@@ -135,7 +135,7 @@ def add_up(
     the last stores the total."""
     COLUMNS: gl.constexpr = probability.shape[1]
     LANES: gl.constexpr = probability.shape[0] // 8
-    # 8 rows a thread: where they lie, a row a warp, sums took as long as the K rounds.
+    # 8 rows a thread: to add them up where they lie, in other warps, took as long as the K rounds.
     rows: gl.constexpr = gl.BlockedLayout(
         [8, 1, 2], [LANES, 32 // LANES, 1], [1, WARPS, 1], [2, 1, 0]
     )
