@@ -92,7 +92,8 @@ class Pipeline:
         weight_delay, comm_sms, num_sms: see `OverlappedPair`; the first also says what an I leaves
             for its W.
         recompute: run stages that are no `TransformerStage` again for their backward and keep
-            their inputs only; those have an option of their own.
+            their inputs only, without DeepSeek's hook, which needs their graphs. TransformerStages
+            have an option of their own.
 
     Attributes:
         links: what tensors travel in, see `pipeline_links.py`: `links.current.name` of the latest
