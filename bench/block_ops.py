@@ -27,6 +27,7 @@ from dualpipe_ext.block_ops import rotary_tables
 from dualpipe_ext.router import Router
 from dualpipe_ext.triton_kernels import (
     cross_entropy,
+    cross_entropy_hopper,
     norm,
     rotary,
     router_backward_hopper,
@@ -223,6 +224,9 @@ def changes() -> dict[str, list[tuple[object, dict]]]:
             (cross_entropy, dict(ROW=0)),
             (cross_entropy, dict(MAX_STAGES=3)),
             (cross_entropy, dict(KEEP=False)),
+            (cross_entropy_hopper, dict(VECTORS=4)),
+            (cross_entropy_hopper, dict(WARPS=32, VECTORS=4)),
+            (cross_entropy_hopper, dict(WARPS=8)),
         ],
         "router": [
             (there, {64: replace(there[64], stages=4)}),

@@ -14,11 +14,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .operators import check_num_sms, define, sm_count, use_triton, wide
+from .operators import (
+    check_num_sms,
+    define,
+    device_facts,
+    has_gluon,
+    sm_count,
+    use_triton,
+    wide,
+)
 
 __all__ = ["cross_entropy"]
 
 REDUCTIONS = ("mean", "sum", "none")
+MANY_ROWS = 1024  # of 16 a program; fewer are shared by a program's threads
 
 
 def cross_entropy(
@@ -154,12 +163,27 @@ def _rows(logits: Tensor) -> Tensor:
 def _forward(logits, targets, ignore_index, z_loss, num_sms):
     if not use_triton(logits) or logits.numel() == 0:
         return _losses(logits, targets, ignore_index, z_loss)
-    from .triton_kernels import cross_entropy as kernels
-
     loss, lse = _forward_fake(logits, targets, ignore_index, z_loss, num_sms)
     how = dict(ignore_index=ignore_index, z_loss=z_loss, num_sms=sm_count(logits, num_sms))
-    kernels.cross_entropy(_rows(logits), targets, loss, lse=lse, **how)
+    rows = _rows(logits)
+    if _fits_hopper(rows):
+        from .triton_kernels.cross_entropy_hopper import cross_entropy_loss
+
+        cross_entropy_loss(rows, targets, loss, lse, **how)
+    else:
+        from .triton_kernels import cross_entropy as kernels
+
+        kernels.cross_entropy(rows, targets, loss, lse=lse, **how)
     return loss, lse
+
+
+def _fits_hopper(rows: Tensor) -> bool:
+    """Whether there are enough rows to give each to a warp, in 16-bit numbers that lie evenly."""
+    if rows.shape[0] < MANY_ROWS or rows.element_size() != 2:
+        return False
+    if rows.shape[1] % 8 or rows.stride(0) % 8 or rows.data_ptr() % 16:
+        return False
+    return device_facts(rows.device)[1][0] == 9 and has_gluon()
 
 
 def _forward_fake(logits, targets, ignore_index, z_loss, num_sms):

@@ -36,6 +36,7 @@ RESOURCES = {
     "cross_entropy": (113, 0, 196672),
     "cross_entropy, in place, V 129280": (128, 0, 64),
     "cross_entropy, V 129280": (128, 0, 64),
+    "cross_entropy, a row a warp": (128, 0, 0),
     "cross_entropy_gradient": (32, 0, 49212),
     "scale_rows": (32, 0, 0),
     "route": (196, 0, 131128),
@@ -167,6 +168,14 @@ def _loss(V=32768, gradient=True):
     cross_entropy(logits, targets, loss, ignore_index=-100, z_loss=0.0, num_sms=132, **extra)
 
 
+def _loss_hopper(V=32768):
+    from dualpipe_ext.triton_kernels.cross_entropy_hopper import cross_entropy_loss
+
+    logits, loss = torch.empty(8, V, dtype=BF16), torch.empty(8)
+    targets = torch.zeros(8, dtype=torch.int64)
+    cross_entropy_loss(logits, targets, loss, loss, ignore_index=-100, z_loss=0.0, num_sms=132)
+
+
 def _loss_gradient(V=32768):
     from dualpipe_ext.triton_kernels.cross_entropy import cross_entropy_gradient
 
@@ -268,6 +277,7 @@ LAUNCHES = {
         _loss,
         dict(V=129280, gradient=False),
     ),
+    "cross_entropy, a row a warp": ("cross_entropy_hopper", "loss_kernel", _loss_hopper, {}),
     "cross_entropy_gradient": ("cross_entropy", "gradient_kernel", _loss_gradient, {}),
     "scale_rows": ("cross_entropy", "scale_rows_kernel", _scale_rows, {}),
     "route": ("router", "route_kernel", _route, {}),

@@ -270,7 +270,7 @@ def _language() -> ModuleType:
         setattr(gl, name, lambda *arguments, **named: None)
     gl.constexpr = lambda value: value
     gl.float32, gl.float16, gl.bfloat16 = torch.float32, torch.float16, torch.bfloat16
-    gl.int32, gl.int64 = torch.int32, torch.int64
+    gl.int16, gl.int32, gl.int64 = torch.int16, torch.int32, torch.int64
     gl.static_range = range
     gl.program_id = lambda axis: _program.get().program_id
     gl.num_programs = lambda axis: _program.get().num_programs

@@ -21,6 +21,7 @@ KERNELS = {
     "rotary": ("rotary",),
     "swiglu": ("swiglu", "swiglu_backward"),
     "cross_entropy": ("row_loss", "long_row_loss", "gradient", "scale_rows"),
+    "cross_entropy_hopper": ("loss",),
     "router": ("route",),
     "router_backward": ("d_logits", "route_backward"),
     "router_choice": ("choose",),
@@ -108,6 +109,20 @@ def test_swiglu_past_two_to_the_31_numbers():
 )
 def test_cross_entropy(V, how, dtype):
     cases.check_cross_entropy(143, V, dtype, "cuda", **how)
+
+
+@pytest.mark.parametrize(
+    ("T", "V", "how", "dtype"),
+    [
+        (1024, 8, dict(z_loss=1e-3), BF16),
+        (3001, 1000, dict(reduction="none", num_sms=50), BF16),
+        (1100, 32776, dict(z_loss=1e-3, reduction="none"), FP16),
+        (2500, 32768, dict(reduction="sum", num_sms=132), BF16),
+    ],
+    ids=str,
+)
+def test_cross_entropy_of_many_rows(T, V, how, dtype):
+    cases.check_cross_entropy(T, V, dtype, "cuda", **how)
 
 
 @pytest.mark.parametrize(
