@@ -73,9 +73,9 @@ class BackwardConfig:
 # By (D, V). Shared memory in KiB: (D + V) / 4 for keys and values, stages · block (D + V) / 512,
 # ds_stages · block / 4, and 32 that dq or dk and dv leave through.
 BACKWARD = {
-    (64, 64): BackwardConfig(ds_stages=2, loader=40),  # 32 + 32 + 32 + 16
+    (64, 64): BackwardConfig(),  # 32 + 32 + 16 + 32
     (128, 128): BackwardConfig(),  # 64 + 64 + 16 + 32
-    (192, 128): BackwardConfig(block=32, fused=False),  # 80 + 40 + 32
+    (192, 128): BackwardConfig(block=32, fused=False, loader=40),  # 80 + 40 + 8 + 32
 }
 
 

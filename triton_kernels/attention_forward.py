@@ -67,7 +67,7 @@ class ForwardConfig:
 
 # By (D, V). Shared memory in KiB: 128 q_stages D / 512 + stages · block (D + V) / 512.
 FORWARD = {
-    (64, 64): ForwardConfig(take_turns=True),  # 32 + 64
+    (64, 64): ForwardConfig(stages=4, take_turns=True),  # 32 + 128
     (128, 128): ForwardConfig(),  # 64 + 128
     (192, 128): ForwardConfig(q_stages=1, take_turns=True),  # 48 + 160
 }
