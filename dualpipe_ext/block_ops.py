@@ -146,7 +146,6 @@ def _save_norm(ctx, inputs, output):
     _, hidden, rstd = output
     ctx.has_residual = residual is not None
     ctx.mark_non_differentiable(rstd)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden if ctx.has_residual else x, weight, rstd)
 
 

@@ -250,6 +250,10 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, d_topk_weight, d_probability_sum, _d_idx, _d_count, _d_logits):
     how = (ctx.softmax, ctx.renormalize, ctx.n_groups, ctx.route_scale, ctx.num_sms)
     saved = ctx.saved_tensors  # under a checkpoint they can be had once
+    if d_topk_weight is None:
+        d_topk_weight = torch.zeros_like(saved[3], dtype=torch.float32)
+    if d_probability_sum is None:
+        d_probability_sum = saved[2].new_zeros(saved[2].shape[1])
     dx, d_weight = _route_backward(d_topk_weight, d_probability_sum, *saved, *how)
     return dx, d_weight.to(saved[1].dtype), *(None,) * 7
 

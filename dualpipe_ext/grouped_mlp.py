@@ -417,12 +417,14 @@ def _dgrad(
     (R, H) = dout.shape
     dout = dout.contiguous()
     drows, d_gate_up = dout.new_empty(R, H), torch.empty_like(gate_up)
-    drow_weight = torch.zeros_like(row_weight)
     if not _use_triton(dout, implementation):
+        drow_weight = torch.zeros_like(row_weight)
         reference_dgrad(
             dout, gate_up, row_weight, w13, w2, expert_offsets, drows, drow_weight, d_gate_up
         )
-    elif R:
+    elif not R:
+        drow_weight = torch.zeros_like(row_weight)
+    else:
         from .triton_kernels.grouped_gemm import grouped_gemm
         from .triton_kernels.grouped_swiglu import grouped_swiglu_backward
 

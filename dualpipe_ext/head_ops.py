@@ -134,7 +134,15 @@ def _save_tables(ctx, inputs, output):
     ctx.save_for_backward(*inputs[1:3])
 
 
-def _heads_gradient(ctx, dq, dk, dv):
+def _save_heads(ctx, inputs, output):
+    ctx.shapes = [x.shape for x in output]
+    _save_tables(ctx, inputs, output)
+
+
+def _heads_gradient(ctx, *gradients):
+    some = next(x for x in gradients if x is not None)
+    given = zip(gradients, ctx.shapes, strict=True)
+    dq, dk, dv = (some.new_zeros(shape) if x is None else x for x, shape in given)
     return _join_heads_operator(dq, dk, dv, *ctx.saved_tensors), None, None, None
 
 
@@ -154,7 +162,7 @@ _split_heads_operator = define(
     _split_heads,
     _split_heads_fake,
     _heads_gradient,
-    _save_tables,
+    _save_heads,
 )
 _join_heads_operator = define(
     "join_heads(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor",

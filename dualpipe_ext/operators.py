@@ -99,8 +99,9 @@ def is_observed(inputs: tuple) -> bool:
     return False
 
 
-def _once(backward: Callable) -> Callable:
+def _once(backward: Callable, num_inputs: int) -> Callable:
     """`backward` that raises where its results are differentiated: its operators have no gradient.
+    Without any gradient given, none is found.
 
     torch's once_differentiable does so only where the incoming gradients want one, and would let
     a penalty on a gradient pass for a constant.
@@ -108,6 +109,8 @@ def _once(backward: Callable) -> Callable:
 
     @wraps(backward)
     def run(ctx, *gradients):
+        if all(gradient is None for gradient in gradients):
+            return (None,) * num_inputs
         if not torch.is_grad_enabled():
             return backward(ctx, *gradients)
         with torch.no_grad():
@@ -120,6 +123,17 @@ def _once(backward: Callable) -> Callable:
         return refuse(*(x if x is None else x.detach().requires_grad_() for x in found))
 
     return run
+
+
+def _without_zeros(setup_context: Callable) -> Callable:
+    """`setup_context` that has autograd pass None instead of zeros: the experts' activations, which
+    an operator returns to its own backward, are the largest tensors of a layer."""
+
+    def setup(ctx, inputs, output) -> None:
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+
+    return setup
 
 
 def _count_writes(name: str) -> None:
@@ -151,7 +165,8 @@ def define(
 ) -> Operator:
     """Registers ``dualpipe_ext::<schema>`` for CPU and CUDA, with its gradient if it has one.
 
-    The gradient cannot be differentiated in turn: that raises RuntimeError.
+    ``backward`` gets None for an output that nobody used or that has no gradient. It cannot be
+    differentiated in turn: that raises RuntimeError.
     """
     _library.define(schema)
     name = schema.partition("(")[0]
@@ -161,7 +176,8 @@ def define(
     _count_writes(name)
     operator = Operator(name, implementation)
     if backward is not None:
-        backward = _once(backward)
+        num_inputs = len(getattr(torch.ops.dualpipe_ext, name).default._schema.arguments)
+        backward, setup_context = _once(backward, num_inputs), _without_zeros(setup_context)
         torch.library.register_autograd(
             f"dualpipe_ext::{name}", backward, setup_context=setup_context, lib=_library
         )

@@ -17,7 +17,7 @@ layer 1" (▲), "compute: mlp W": the profiler's trace files take ASCII only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
 
@@ -291,11 +291,8 @@ class _Lanes:
                 stream, other = other, stream
             if track is not None and track.lane not in (None, lane):
                 stream.wait_event(track.event)
-            if lane == "comm":
-                with torch.cuda.stream(stream), self._claimed():
-                    found = function(*args)
-            else:  # already the current one
-                found = function(*args)
+            # The compute lane is the current stream.
+            found = self._communicate(function, *args) if lane == "comm" else function(*args)
             if track is not None:
                 track.lane = lane
                 track.event.record(stream)
@@ -305,20 +302,23 @@ class _Lanes:
                         tensor.record_stream(other)
         return found
 
-    @contextmanager
-    def _claimed(self) -> Iterator[None]:
-        """While the GPU runs what is queued inside, kernels that draw tiles leave its SMs free."""
-        if not self._limit:
-            yield
-            return
-        claim_sms(self._comm.device, self._limit)
+    def _communicate(self, function: Callable, *args):
+        """On its stream; kernels that draw tiles leave its SMs free while the GPU runs it."""
+        torch.cuda.set_stream(self._comm)  # for a tenth of the context manager's host time
         try:
-            yield
-        except BaseException:
-            with suppress(RuntimeError):  # of a stream that is broken, which the first error tells
-                claim_sms(self._comm.device, 0)
-            raise
-        claim_sms(self._comm.device, 0)
+            if not self._limit:
+                return function(*args)
+            claim_sms(self._comm.device, self._limit)
+            try:
+                found = function(*args)
+            except BaseException:
+                with suppress(RuntimeError):  # of a broken stream, which the first error tells
+                    claim_sms(self._comm.device, 0)
+                raise
+            claim_sms(self._comm.device, 0)
+            return found
+        finally:
+            torch.cuda.set_stream(self._compute)
 
 
 def _exchanges(chunks: Sequence[StageChunk]) -> list[Exchange]:

@@ -162,8 +162,9 @@ class Router(nn.Module):
             route_scale=self.route_scale,
             num_sms=self.num_sms,
         )
-        mean_probability = probability_sum / max(x.shape[0], 1)
-        aux_loss = _loss_of_means(mean_probability, tokens_per_expert)
+        # balance_loss in as few operations, with the sums of T * K routes known.
+        products = (probability_sum * tokens_per_expert).sum()
+        aux_loss = products * (self.num_experts / max(x.shape[0] ** 2 * self.topk, 1))
         return Routes(topk_idx, weight, aux_loss, tokens_per_expert)
 
     @torch.no_grad()
@@ -233,10 +234,6 @@ def balance_loss(probability: Tensor, tokens_per_expert: Tensor) -> Tensor:
     part of the graph, so that every rank runs the same backward.
     """
     mean_probability = probability.sum(dim=0) / max(probability.shape[0], 1)
-    return _loss_of_means(mean_probability, tokens_per_expert)
-
-
-def _loss_of_means(mean_probability: Tensor, tokens_per_expert: Tensor) -> Tensor:
     count = tokens_per_expert.to(mean_probability.dtype)
     share = count / count.sum().clamp_min(1)
     return len(count) * (share * mean_probability).sum()

@@ -1,10 +1,12 @@
 """A launch that is looked up passes what Triton's own would, to the kernel that it would compile.
 
-The driver is a fake that notes launches; kernels are compiled for sm_90, as everywhere.
+The driver is a fake that notes what the C function of a kernel is called with; kernels are compiled
+for sm_90, as everywhere.
 """
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ triton = pytest.importorskip("triton", minversion="3.6")
 
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia import driver as nvidia  # noqa: E402
 from triton.experimental import gluon  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Boxes  # noqa: E402
+from triton.runtime._allocation import NullAllocator  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
@@ -64,8 +68,11 @@ def gluon_kernel(desc, SIZE: gl.constexpr):
 class Utils:
     """The part of Triton's CUDA utilities that a launch calls."""
 
-    def load_binary(self, *arguments):
-        return 1, 2, 32, 0, 1024
+    def load_binary(self, name, binary, *arguments):
+        return 1, hash((name, binary)), 32, 0, 1024
+
+    def fill_tma_descriptor(self, address, *facts):
+        return address, *(tuple(x) if isinstance(x, (list, tuple)) else x for x in facts)
 
     def get_device_properties(self, device):
         return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536,
@@ -78,14 +85,13 @@ class Utils:
 class Driver:
     """One device of compute capability 9.0; every launch is noted."""
 
-    utils, binary_ext = Utils(), "cubin"
+    utils, binary_ext, launcher_cls = Utils(), "cubin", nvidia.CudaLauncher
 
     def __init__(self):
         self.launches, self.stream, self.device = [], 7, 0
-        self.launcher_cls = self._make_launcher
 
-    def _make_launcher(self, source, metadata):
-        return lambda *arguments: self.launches.append((source.hash(), metadata.hash, arguments))
+    def compile(self, **source):
+        return SimpleNamespace(launch=lambda *arguments: self.launches.append(arguments))
 
     def get_current_device(self):
         return self.device
@@ -103,10 +109,21 @@ class Driver:
 @pytest.fixture
 def fake(monkeypatch):
     found = Driver()
+    monkeypatch.setattr(nvidia, "compile_module_from_src", found.compile)
+    monkeypatch.setattr(nvidia, "library_dirs", list)
     before = driver._active
     driver.set_active(found)
     yield found
     driver.set_active(before)
+
+
+# Arguments of the C function: grid, stream, function, cooperative, PDL, two scratch buffers, and
+METADATA, LAUNCH_METADATA, HOOKS, FIRST = 9, 10, 11, 13
+
+
+def address_of(x):
+    """The C function takes tensors, too, and asks them."""
+    return x.data_ptr() if isinstance(x, torch.Tensor) else x
 
 
 def launches_twice(fake, plain, cached, grid, *arguments, **constants):
@@ -115,12 +132,9 @@ def launches_twice(fake, plain, cached, grid, *arguments, **constants):
     del fake.launches[:]
     for kernel in (plain, cached):
         kernel[grid](*arguments, **constants)
-    (source, compiled, expected), (same_source, same, given) = fake.launches
-    assert (source, compiled) == (same_source, same)
-    x_y_z, stream, function, metadata = expected[:3], *expected[3:6]
-    assert (x_y_z, stream, function, metadata) == (given[:3], *given[3:6])
-    assert len(expected[9:]) == len(given[9:])
-    assert all(a is b or a == b for a, b in zip(expected[9:], given[9:], strict=True))
+    expected, given = ([address_of(x) for x in found] for found in fake.launches)
+    assert expected[0:LAUNCH_METADATA] == given[0:LAUNCH_METADATA]
+    assert expected[FIRST:] == given[FIRST:]
     return len(cached.run._found) == before
 
 
@@ -235,15 +249,15 @@ def test_launch_hooks_get_what_triton_gives_them(fake, name):
     first = (torch.zeros(64), None, 2.0, 17, 5)
     kernel[(1,)](*first, SIZE=32, ADD=True)
     hooks = getattr(triton.knobs.runtime, name)
-    place = 6 + ["launch_metadata", "launch_enter_hook", "launch_exit_hook"].index(name)
+    place = HOOKS + ["launch_enter_hook", "launch_exit_hook"].index(name)
     hooks.add(hook := lambda facts: None)
     try:
         kernel[(1,)](*first, SIZE=32, ADD=True)
     finally:
         hooks.remove(hook)
-    assert fake.launches[-1][2][place] is hooks
+    assert fake.launches[-1][place] is hooks
     kernel[(1,)](*first, SIZE=32, ADD=True)
-    assert fake.launches[-1][2][place] is None
+    assert fake.launches[-1][place] is None
 
 
 def test_hooks_that_are_no_chains(fake, monkeypatch):
@@ -253,7 +267,7 @@ def test_hooks_that_are_no_chains(fake, monkeypatch):
         monkeypatch.setattr(triton.knobs.runtime, "launch_exit_hook", hook)
         for _ in range(2):
             kernel[(1,)](*first, SIZE=32, ADD=True)
-        assert fake.launches[-1][2][8] is hook
+        assert fake.launches[-1][HOOKS + 1] is hook
 
 
 def test_a_warm_up_and_a_hook_of_the_kernel(fake):
@@ -281,7 +295,26 @@ def test_in_pairs(fake):
     x = torch.zeros(64)
     for grid in ((6,), (6,), (7,), (6, 1)):
         kernel[grid](x, x, 2.0, 17, 5, SIZE=32, ADD=True)
-    warps, _, shared = fake.launches[0][2][5]
-    launched = [(given[:3], given[5][1]) for _, _, given in fake.launches]
+    warps, _, shared = fake.launches[0][METADATA]
+    launched = [(given[:3], given[METADATA][1]) for given in fake.launches]
     assert launched == [((6, 1, 1), 1), ((3, 1, 1), 2), ((7, 1, 1), 1), ((6, 1, 1), 1)]
-    assert all(given[5][::2] == (warps, shared) for _, _, given in fake.launches)
+    assert all(given[METADATA][::2] == (warps, shared) for given in fake.launches)
+
+
+def test_a_kernel_that_wants_scratch_memory_gets_it(fake):
+    def launcher(source, metadata):
+        found = nvidia.CudaLauncher(source, metadata)
+        found.global_scratch_size, found.global_scratch_align = 64, 16
+        return found
+
+    fake.launcher_cls = launcher
+    sizes = []
+    triton.set_allocator(lambda size, align, stream: sizes.append((size, align, stream)) or 4096)
+    boxes = [TensorDescriptor(torch.zeros(64, 64), [64, 64], [64, 1], [16, 16]) for _ in range(2)]
+    pair = both(box_kernel)
+    try:
+        assert not launches_twice(fake, *pair, (3,), *boxes, SIZE=1)
+        assert launches_twice(fake, *pair, (3,), *boxes, SIZE=1)
+    finally:
+        triton.set_allocator(NullAllocator())
+    assert sizes == [(3 * 64, 16, 7)] * 4 and fake.launches[-1][METADATA - 2] == 4096

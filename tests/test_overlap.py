@@ -271,13 +271,17 @@ def test_sms_of_experts(capability, precision, num_sms, comm_sms, expected, monk
 
 @pytest.fixture
 def claimed(monkeypatch):
-    """Lanes as on a GPU of 132 SMs, and the limits that they write."""
+    """Lanes as on a GPU of 132 SMs; the limits that they write, between the streams they set."""
     written, lanes = [], overlap._Lanes(torch.device("cpu"))
     monkeypatch.setattr(overlap, "claim_sms", lambda device, limit: written.append(limit))
     monkeypatch.setattr(overlap, "device_facts", lambda device: (132, (9, 0)))
     monkeypatch.setattr(overlap, "can_claim", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "compute")
     lanes._cuda, lanes._comm = True, SimpleNamespace(device=None, wait_stream=lambda other: None)
+    names = {id(lanes._comm): "comm"}
+    monkeypatch.setattr(
+        torch.cuda, "set_stream", lambda stream: written.append(names.get(id(stream), stream))
+    )
     return lanes, written
 
 
@@ -285,12 +289,16 @@ def claimed(monkeypatch):
 def test_claims_end_with_what_communicates(comm_sms, limit, claimed):
     lanes, written = claimed
     lanes.open(comm_sms)
-    with lanes._claimed():
-        assert written == [limit]
-    assert written == [limit, 0]
-    with pytest.raises(ValueError, match="of the segment"), lanes._claimed():
+    assert lanes._communicate(lambda *numbers: written.append("segment") or sum(numbers), 1, 2) == 3
+    assert written == ["comm", limit, "segment", 0, "compute"]
+    del written[:]
+
+    def fail():
         raise ValueError("of the segment")
-    assert written == [limit, 0] * 2
+
+    with pytest.raises(ValueError, match="of the segment"):
+        lanes._communicate(fail)
+    assert written == ["comm", limit, 0, "compute"]
 
 
 def test_a_broken_stream_shows_its_first_error(claimed, monkeypatch):
@@ -300,9 +308,12 @@ def test_a_broken_stream_shows_its_first_error(claimed, monkeypatch):
     def fail(device, limit):
         raise RuntimeError("of the stream")
 
-    with pytest.raises(ValueError, match="of the segment"), lanes._claimed():
+    def segment():
         monkeypatch.setattr(overlap, "claim_sms", fail)
         raise ValueError("of the segment")
+
+    with pytest.raises(ValueError, match="of the segment"):
+        lanes._communicate(segment)
 
 
 @pytest.mark.parametrize("comm_sms, can", [(0, True), (8, False)])
@@ -312,9 +323,8 @@ def test_nothing_claimed(comm_sms, can, claimed, monkeypatch):
     lanes.open(8)
     monkeypatch.setattr(overlap, "can_claim", lambda device: can)
     lanes.open(comm_sms)
-    with lanes._claimed():
-        pass
-    assert written == []
+    lanes._communicate(lambda: None)
+    assert written == ["comm", "compute"]
 
 
 def test_plan_lives_until_the_compute_lane_is_behind_its_last_reader():

@@ -18,7 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arithmetic import ceil_div
 from .boxes import describe
-from .claims import program_limit
+from .claims import program_limit, tile_counter
 
 ROWS = 128  # rows of a tile: 64 for each of the two warpgroups
 LOG2_E = 1.4426950408889634
@@ -287,7 +287,7 @@ def lay_out(
     group = heads_side_by_side(read, 2 * (D + V), outer, together)
     num_tiles = outer * blocks
     # Where programs draw tile numbers from, beyond their own.
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    counter = tile_counter(q.device)
     drawn_from = (counter, program_limit(q.device))
     tables = (starts_q, starts_k) if varlen else (counter, counter)
     sequences = starts_q.shape[0] - 1 if varlen else B

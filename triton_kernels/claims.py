@@ -11,10 +11,11 @@ stake.
 
 import torch
 
-__all__ = ["can_claim", "claim_sms", "program_limit"]
+__all__ = ["can_claim", "claim_sms", "program_limit", "tile_counter"]
 
-
+COUNTERS = 256  # made at once
 _limits: dict[torch.device, torch.Tensor] = {}
+_counters: dict[tuple[torch.device, int], list[torch.Tensor]] = {}  # by stream
 
 
 def can_claim(device: torch.device) -> bool:
@@ -41,4 +42,20 @@ def program_limit(device: torch.device) -> torch.Tensor:
 def claim_sms(device: torch.device, limit: int) -> None:
     """From here on in the current stream's order kernels get `limit` programs, 0: any number."""
     word = program_limit(device).view(torch.uint32)
-    torch.ops.symm_mem.stream_write_value32_(word, 0, limit)
+    torch.ops.symm_mem.stream_write_value32_.default(word, 0, limit)
+
+
+def tile_counter(device: torch.device) -> torch.Tensor:
+    """Where the programs of one launch on the current stream draw tile numbers from: an int32 zero.
+
+    Zeros are made in advance: to clear one for every launch takes a launch of its own, of which a
+    pair of layers would have twenty. A graph clears its own at every replay.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = device, torch._C._cuda_getCurrentRawStream(device.index)
+    left = _counters.get(key)
+    if not left:  # of 16 bytes, as aligned as any
+        zeros = torch.zeros(COUNTERS, 4, dtype=torch.int32, device=device)
+        left = _counters[key] = list(zeros.unbind())
+    return left.pop()

@@ -34,7 +34,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .arithmetic import ceil_div
 from .attention_tiles import allocate, allocate_barriers, allocate_integers, send
 from .boxes import describe
-from .claims import program_limit
+from .claims import program_limit, tile_counter
 from .launch import cache_launches
 from .tiles_hopper import (
     DRAW_AHEAD,
@@ -45,7 +45,6 @@ from .tiles_hopper import (
     receive,
     register_steps,
     split_columns,
-    tile_counter,
 )
 
 BLOCK_M = 128
@@ -362,7 +361,7 @@ def grouped_gemm_hopper(
         weight_desc,
         describe(out, [BLOCK_M // 2, 64]),
         expert_offsets,
-        tile_counter(rows) if take_over else expert_offsets,
+        tile_counter(rows.device) if take_over else expert_offsets,
         program_limit(rows.device),
         L,
         N,

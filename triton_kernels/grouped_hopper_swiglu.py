@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .arithmetic import ceil_div
 from .boxes import describe
-from .claims import program_limit
+from .claims import program_limit, tile_counter
 from .grouped_hopper import (
     BLOCK_M,
     BLOCK_N,
@@ -37,7 +37,7 @@ from .grouped_hopper import (
     multiply_tile,
 )
 from .launch import cache_launches
-from .tiles_hopper import prefetch, receive, register_steps, tile_counter
+from .tiles_hopper import prefetch, receive, register_steps
 
 STRIP = gl.constexpr(16)  # rows of a strip
 STRIPS = gl.constexpr(8)  # strips below each other in a tile
@@ -447,7 +447,7 @@ def gate_up_hopper(
         act,
         row_weight,
         expert_offsets,
-        tile_counter(rows) if take_over else expert_offsets,
+        tile_counter(rows.device) if take_over else expert_offsets,
         program_limit(rows.device),
         L,
         H,

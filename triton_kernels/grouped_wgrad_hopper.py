@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .arithmetic import ceil_div
 from .attention_tiles import allocate, allocate_barriers, allocate_integers, matrix, send
 from .boxes import describe
-from .claims import program_limit
+from .claims import program_limit, tile_counter
 from .launch import cache_launches
 from .tiles_hopper import (
     DRAW_AHEAD,
@@ -39,7 +39,6 @@ from .tiles_hopper import (
     prefetch,
     receive,
     split_columns,
-    tile_counter,
 )
 from .tma_reduce import async_reduce_add
 
@@ -391,7 +390,7 @@ def grouped_wgrad_hopper(
         describe(dw, strip),
         dw,
         expert_offsets,
-        tile_counter(y),
+        tile_counter(y.device),
         program_limit(y.device),
         L,
         num_a,

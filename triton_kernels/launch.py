@@ -1,16 +1,19 @@
-"""Launches of a kernel after its first, for a third of the host's time.
+"""Launches of a kernel after its first, for a quarter of the host's time.
 
 JITFunction.run binds, specializes and hashes every argument anew in each launch: 30 to 40 us, and a
 transformer block forward and backward has about thirty. What follows looks the compiled kernel up
-by a key that differs wherever Triton's does.
+by a key that differs wherever Triton's does, and calls the C function that Triton made for it.
 """
 
 import functools
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
 from triton import knobs
+from triton.backends.nvidia.driver import CudaLauncher, make_tensordesc_arg
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -23,6 +26,7 @@ except ImportError:  # before Triton 3.6
 __all__ = ["cache_launches"]
 
 VERSIONS = ("3.6.",)  # of Triton, whose compiled kernels are called as below
+DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
 EMPTY = inspect.Parameter.empty
 ONES = {1: (1, 1), 2: (1,), 3: ()}
 INT32, INT64 = range(-(2**31), 2**31), range(-(2**63), 2**63)
@@ -55,49 +59,89 @@ class _CachedLaunches:
         self._in_pairs = in_pairs
         self._parameters, self._hooks = kernel.params, kernel.pre_run_hooks
         self._run = kernel.run
-        self._found: dict[tuple, tuple] = {}
+        self._found: dict[tuple, _Launch] = {}
 
     def __call__(self, *args, grid, warmup, **constants):
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         hooks = self._hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
         active = driver.active
         device = active.get_current_device()
-        key = None if warmup or hooks else _key(device, args, constants)
+        key, values = (None, []) if warmup or hooks else _read(device, args, constants)
         found = self._found.get(key)
         if found is None:
             compiled = self._run(*args, grid=grid, warmup=warmup, **constants)
             if key is not None and compiled is not None:
                 self._keep(key, compiled, args, constants)
             return compiled
-        compiled, run, rest, _ = found
-        stream = active.get_current_stream(device)
-        values = [constants.get(name, default) for name, default in rest]
-        function, metadata = compiled.function, compiled.packed_metadata
+        for place, facts in found.boxes:
+            values[place : place + 1] = make_tensordesc_arg(values[place], facts)
+        metadata = found.metadata
         if self._in_pairs and len(grid) == 1 and grid[0] % 2 == 0:
-            warps, _, shared = metadata
-            grid, metadata = (grid[0] // 2,), (warps, 2, shared)
-        run(*grid, *ONES[len(grid)], stream, function, metadata, None, None, None, *args, *values)
-        return compiled
+            grid, metadata = (grid[0] // 2,), found.metadata_in_pairs
+        stream = active.get_current_stream(device)
+        found.launch(
+            *(*grid, *ONES[len(grid)], stream, found.function, *found.options),
+            *(metadata, None, None, None, *values, *found.constants),
+        )
+        return found.compiled
 
     def _keep(self, key: tuple, compiled, args: tuple, constants: dict) -> None:
         given, rest = self._parameters[: len(args)], self._parameters[len(args) :]
         named = [(p.name, p.default) for p in rest if p.is_constexpr]
         missing = [name for name, default in named if default is EMPTY and name not in constants]
         if len(named) == len(rest) and not missing and not any(p.is_constexpr for p in given):
-            layouts = [x.layout for x in args if type(x) is GluonDescriptor]  # their ids: in `key`
-            self._found[key] = compiled, compiled.run, named, layouts
+            values = [constants.get(name, default) for name, default in named]
+            self._found[key] = _Launch.of(compiled, args, values)
 
 
-def _key(device: int, args: tuple, constants: dict) -> tuple | None:
-    """What decides which compiled kernel runs, and more than that; None: ask Triton."""
-    key = [device, *constants, *constants.values()]
-    add = key.append
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """A compiled kernel, and what all its launches pass to the C function."""
+
+    compiled: object
+    launch: Callable
+    function: int
+    options: tuple  # cooperative, beside the kernel before it (PDL), two scratch buffers
+    metadata: tuple  # warps, CTAs of a cluster, bytes of shared memory
+    metadata_in_pairs: tuple
+    boxes: list  # places of descriptors and how TMA encodes them, the last first
+    constants: list
+    layouts: list  # whose numbers are in the key
+
+    @classmethod
+    def of(cls, compiled, args: tuple, constants: list) -> "_Launch":
+        run, metadata = compiled.run, compiled.packed_metadata
+        warps, _, shared = metadata
+        layouts = [x.layout for x in args if type(x) is GluonDescriptor]
+        rest = metadata, (warps, 2, shared), [], constants, layouts
+        if type(run) is not CudaLauncher or run.global_scratch_size or run.profile_scratch_size:
+            return cls(compiled, run, compiled.function, (), *rest)
+        launch, boxes = run.launch, rest[2]
+        places = [i for i, x in enumerate(args) if isinstance(x, DESCRIPTORS)]
+        if places:  # a Python function around the C function takes them to pieces
+            inside = inspect.getclosurevars(launch).nonlocals
+            launch = inside["launcher"]
+            boxes += reversed([*zip(places, inside["tensordesc_meta"], strict=True)])
+        options = run.launch_cooperative_grid, run.launch_pdl, None, None
+        return cls(compiled, launch, compiled.function, options, *rest)
+
+
+def _read(device: int, args: tuple, constants: dict) -> tuple[tuple | None, list]:
+    """What decides which compiled kernel runs, and more than that; None: ask Triton. And the
+    arguments, with addresses for tensors: of those the C function does not ask the driver."""
+    key, values = [device, *constants, *constants.values()], []
+    add, pass_on = key.append, values.append
     for x in args:
         kind = type(x)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            address = x.data_ptr()
+            add(x.dtype if address % 16 == 0 else (x.dtype,))
+            add(x.is_cuda)  # others Triton may refuse
+            pass_on(address)
+            continue
+        pass_on(x)
         if kind is int:
             add(-1 if x == 1 else (x % 16 == 0) + 2 * (x not in INT32) + 4 * (x not in INT64))
-        elif kind is torch.Tensor or kind is torch.nn.Parameter:
-            add(x.dtype if x.data_ptr() % 16 == 0 else (x.dtype,))
         elif kind is GluonDescriptor:
             add((x.base.dtype, x.padding, id(x.layout), *x.block_shape))
         elif kind is TensorDescriptor:
@@ -105,5 +149,5 @@ def _key(device: int, args: tuple, constants: dict) -> tuple | None:
         elif kind is float or x is None:
             add(kind)
         else:
-            return None
-    return tuple(key)
+            return None, []
+    return tuple(key), values

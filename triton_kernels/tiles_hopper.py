@@ -6,7 +6,6 @@ first rows stay in its registers, and a number drawn from a counter is asked for
 needed. (A draw that waits, 1 us a tile, took 4 % of a GEMM of 54 tiles a program with K = 2048.)
 """
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -130,8 +129,3 @@ def prefetch(address, size):
 def register_steps(num_experts: int) -> int:
     """STEPS of `load_starts`: 32 experts are one register a thread. 1 → 5, 32 → 5, 33 → 6."""
     return max(5, (num_experts - 1).bit_length())
-
-
-def tile_counter(like: torch.Tensor) -> torch.Tensor:
-    """Where programs draw tile numbers from: zero before every launch."""
-    return torch.zeros(1, dtype=torch.int32, device=like.device)
