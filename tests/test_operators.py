@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dualpipe_ext import block_ops, cross_entropy, grouped_fp8, grouped_mlp
+from dualpipe_ext import block_ops, cross_entropy, grouped_fp8, grouped_mlp, operators
 from dualpipe_ext.attention import GroupedQueryAttention, LatentAttention
 from dualpipe_ext.block import TransformerBlock
 from dualpipe_ext.block_ops import rms_norm, rotary_tables
@@ -118,6 +118,37 @@ def test_checkpoints(name, reentrant):
     want.square().sum().backward()
     got.square().sum().backward()
     assert torch.equal(a.grad, b.grad)
+
+
+SEVERAL = {
+    "residual": lambda x: rms_norm(x, WEIGHT, residual=2 * x),
+    "split_heads": lambda x: split_heads(x, 1),
+    "route": lambda x: route(x.flatten(0, 2), torch.eye(6, 16), None, topk=2)[1:3],
+}
+
+
+@pytest.mark.parametrize("through", ["function", "operator"])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_outputs_that_nobody_uses(name, through, monkeypatch):
+    """The gradient is that of all outputs, of which the others have gradients of zero."""
+    if through == "operator":
+        monkeypatch.setattr(operators, "is_observed", lambda inputs: True)
+    x = make_x()
+    for used in range(len(SEVERAL[name](x))):
+        output, every = SEVERAL[name](x)[used], SEVERAL[name](x)
+        dy = torch.randn_like(output)
+        found = torch.autograd.grad(output, x, dy)
+        given = [dy if i == used else torch.zeros_like(y) for i, y in enumerate(every)]
+        torch.testing.assert_close(found, torch.autograd.grad(every, x, given), rtol=0, atol=1e-6)
+
+
+def test_no_zeros_are_made_for_what_has_no_gradient():
+    """The experts' gate and up projections, larger than a layer's rows."""
+    x = make_x()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        in_experts(x)[0].sum().backward()
+    zeros = [event.input_shapes for event in profile.events() if event.name == "aten::zero_"]
+    assert [256, 256] not in [shapes[0] for shapes in zeros]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
