@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from dualpipe_ext.flash_attention import flash_attention
-from dualpipe_ext.triton_kernels.claims import can_claim, claim_sms, program_limit
+from dualpipe_ext.triton_kernels.claims import (
+    COUNTERS,
+    can_claim,
+    claim_sms,
+    program_limit,
+    tile_counter,
+)
 from tests.gpu.test_grouped_mlp import on_gpu, run
 from tests.test_grouped_mlp import make_problem
 
@@ -73,3 +79,29 @@ def test_claim_writes_the_limit(as_graph, limit):
         claim = graph.replay
     claim()
     assert seen.tolist() == [124, 0]
+
+
+def test_counters_are_zero_on_every_stream():
+    device = torch.device("cuda", torch.cuda.current_device())
+    streams, found = [torch.cuda.Stream() for _ in range(2)], []
+    for _ in range(COUNTERS + 3):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                counter = tile_counter(device)
+                assert counter.data_ptr() % 16 == 0
+                found.append(counter.clone())
+                counter.add_(7)  # as a kernel does
+    torch.cuda.synchronize()
+    assert not torch.cat(found).any()
+
+
+def test_a_graph_clears_its_counter():
+    device = torch.device("cuda", torch.cuda.current_device())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        counter = tile_counter(device)
+        before = counter.clone()
+        counter.add_(7)
+    for _ in range(3):
+        graph.replay()
+        assert before.item() == 0 and counter.item() == 7
