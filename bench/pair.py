@@ -62,6 +62,7 @@ from dualpipe_ext.stage import WEIGHT_DELAYS
 from dualpipe_ext.trace import COMM_KERNELS, Overlap, Trace, measure_overlap, read_trace
 
 START = time.monotonic()
+MUCH_IDLE = 0.05  # of a pair, in its trace
 
 
 def cut_at_markers(trace: Trace) -> list[Trace]:
@@ -201,6 +202,13 @@ def format_table(records: list[dict]) -> str:
             f"{r['compute_us']:>8.0f} {r['comm_us']:>8.0f} {r['bound_us']:>8.0f} "
             f"{r['of_bound']:>10.3f} {r['hidden_by_time']:>13.1%} {traced:>6}"
         )
+    for shape in best:
+        idle = max(r.get("idle_us", 0) / r["pair_us"] for r in records if r["shape"] == shape)
+        if idle > MUCH_IDLE:
+            lines.append(
+                f"{shape}: GPUs are idle for up to {idle:.0%} of a pair, most likely waiting for "
+                "the host: max_rows and a CUDA graph of a step leave it nothing to do (--graphs)"
+            )
     return "\n".join(lines)
 
 
