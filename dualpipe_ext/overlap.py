@@ -29,7 +29,7 @@ from .exchange import Exchange
 from .operators import device_facts
 from .ranges import named_range
 from .stage import WEIGHT_DELAYS, StageChunk
-from .triton_kernels.claims import can_claim, claim_sms
+from .triton_kernels.claims import can_claim, claim_sms, make_counters
 
 __all__ = ["LANES", "OverlappedPair"]
 
@@ -258,9 +258,12 @@ class _Lanes:
     def open(self, comm_sms: int) -> None:
         if self._cuda:
             self._limit = 0
-            if comm_sms and can_claim(self._comm.device):
-                self._limit = max(1, device_facts(self._comm.device)[0] - comm_sms)
-            self._compute = torch.cuda.current_stream(self._comm.device)
+            device = self._comm.device
+            if can_claim(device):
+                make_counters(device)
+                if comm_sms:
+                    self._limit = max(1, device_facts(device)[0] - comm_sms)
+            self._compute = torch.cuda.current_stream(device)
             self._comm.wait_stream(self._compute)
 
     def close(self) -> None:

@@ -276,6 +276,7 @@ def claimed(monkeypatch):
     monkeypatch.setattr(overlap, "claim_sms", lambda device, limit: written.append(limit))
     monkeypatch.setattr(overlap, "device_facts", lambda device: (132, (9, 0)))
     monkeypatch.setattr(overlap, "can_claim", lambda device: True)
+    monkeypatch.setattr(overlap, "make_counters", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "compute")
     lanes._cuda, lanes._comm = True, SimpleNamespace(device=None, wait_stream=lambda other: None)
     names = {id(lanes._comm): "comm"}

@@ -11,7 +11,7 @@ stake.
 
 import torch
 
-__all__ = ["can_claim", "claim_sms", "program_limit", "tile_counter"]
+__all__ = ["can_claim", "claim_sms", "make_counters", "program_limit", "tile_counter"]
 
 COUNTERS = 256  # made at once
 _limits: dict[torch.device, torch.Tensor] = {}
@@ -45,17 +45,31 @@ def claim_sms(device: torch.device, limit: int) -> None:
     torch.ops.symm_mem.stream_write_value32_.default(word, 0, limit)
 
 
-def tile_counter(device: torch.device) -> torch.Tensor:
-    """Where the programs of one launch on the current stream draw tile numbers from: an int32 zero.
+def make_counters(device: torch.device) -> None:
+    """Makes zeros for `tile_counter` on the current stream in advance: to clear one for every
+    launch takes a launch of its own, of which a pair of two layers would have twenty.
 
-    Zeros are made in advance: to clear one for every launch takes a launch of its own, of which a
-    pair of layers would have twenty. A graph clears its own at every replay.
+    Not by `tile_counter` itself, which may run in the warm-up of torch.compile's graphs: nothing
+    made there may stay.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = device, torch._C._cuda_getCurrentRawStream(device.index)
-    left = _counters.get(key)
-    if not left:  # of 16 bytes, as aligned as any
-        zeros = torch.zeros(COUNTERS, 4, dtype=torch.int32, device=device)
-        left = _counters[key] = list(zeros.unbind())
-    return left.pop()
+    if not torch.cuda.is_current_stream_capturing():
+        left = _counters.setdefault(_stream(device), [])
+        if len(left) < COUNTERS:  # of 16 bytes, as aligned as any
+            zeros = torch.zeros(COUNTERS, 4, dtype=torch.int32, device=device)
+            left.extend(zeros.unbind())
+
+
+def tile_counter(device: torch.device) -> torch.Tensor:
+    """Where the programs of one launch on the current stream draw tile numbers from: int32 zero.
+
+    A graph clears its own at every replay.
+    """
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        left = _counters.get(_stream(device))
+        if left:
+            return left.pop()
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def _stream(device: torch.device) -> tuple[torch.device, int]:
+    return device, torch._C._cuda_getCurrentRawStream(device.index)

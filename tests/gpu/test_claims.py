@@ -8,6 +8,7 @@ from dualpipe_ext.triton_kernels.claims import (
     COUNTERS,
     can_claim,
     claim_sms,
+    make_counters,
     program_limit,
     tile_counter,
 )
@@ -81,15 +82,19 @@ def test_claim_writes_the_limit(as_graph, limit):
     assert seen.tolist() == [124, 0]
 
 
-def test_counters_are_zero_on_every_stream():
+@pytest.mark.parametrize("made", [0, 1, 2])
+def test_counters_are_zero_on_every_stream(made):
+    """Whether all of them were made in advance, or more are wanted than were."""
     device = torch.device("cuda", torch.cuda.current_device())
     streams, found = [torch.cuda.Stream() for _ in range(2)], []
-    for _ in range(COUNTERS + 3):
+    for i in range(2 * COUNTERS):
         for stream in streams:
             with torch.cuda.stream(stream):
+                if i % COUNTERS == 0 and i < made * COUNTERS:
+                    make_counters(device)
                 counter = tile_counter(device)
                 assert counter.data_ptr() % 16 == 0
-                found.append(counter.clone())
+                found.append(counter[:1].clone())
                 counter.add_(7)  # as a kernel does
     torch.cuda.synchronize()
     assert not torch.cat(found).any()
