@@ -64,6 +64,7 @@ def _run_rank(rank: int, measure: Callable, args: argparse.Namespace, world_size
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
         device = local_device()
+        _bind_to_cores(rank, world_size)
     else:
         torch.set_num_threads(1)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
@@ -77,6 +78,15 @@ def _run_rank(rank: int, measure: Callable, args: argparse.Namespace, world_size
     measure(args, rank, world_size)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _bind_to_cores(rank: int, world_size: int) -> None:
+    """An equal share of the cores for each rank, side by side: one that moves between cores takes
+    up to 3 ms longer to queue a pair."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // world_size
+    if share:
+        os.sched_setaffinity(0, cores[rank * share : (rank + 1) * share])
 
 
 def local_device() -> torch.device:
