@@ -258,7 +258,7 @@ class NvlinkBackend:
         return tables[first : first + count]
 
     def _stream(self) -> int:
-        return torch._C._cuda_getCurrentRawStream(self.device.index)  # a tenth of current_stream
+        return torch._C._cuda_getCurrentRawStream(self.device.index)  # current_stream takes 3 us
 
 
 def address(tensor: torch.Tensor | None) -> int:

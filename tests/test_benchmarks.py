@@ -52,6 +52,24 @@ def test_pair_benchmark_of_whole_steps(tmp_path):
     assert splits == [("expert", 8, "all"), ("unique", 8, "all")]
 
 
+def test_pairs_that_wait_for_the_host_are_named(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from pair import format_table
+
+    names = "pair_us fastest_in_order_us compute_us comm_us bound_us of_bound gain hidden_by_time"
+    record = dict.fromkeys(names.split(), 1000.0) | {"hidden_by_trace": 0.9, "comm_sms": 8}
+    record |= {"form": "unique", "mlp_sms": "rest", "weight_delay": "all"}
+    idle = {"A": (20, 340), "B": (30, 40), "C": (None,)}  # us by split; C was not traced
+    records = [
+        record | {"shape": shape} | ({} if us is None else {"idle_us": us})
+        for shape, found in idle.items()
+        for us in found
+    ]
+    *_, last = format_table(records).splitlines()
+    assert last.startswith("A: GPUs are idle for up to 34% of a pair")
+    assert "idle" not in format_table(records[2:])
+
+
 def test_trace_of_pairs_is_cut_at_the_markers(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from pair import cut_at_markers

@@ -1,4 +1,5 @@
-"""SMs that communication claims from persistent kernels which draw their tiles. No Triton in it.
+"""Kernels that draw their tiles: what they draw from, and the SMs that communication claims from
+them. No Triton in it.
 
 Communication that comes second would wait for a GEMM's end. So its stream first writes to a word in
 memory how many programs a kernel may have, which takes no SM. Programs look at it once a tile, and
@@ -47,7 +48,7 @@ def claim_sms(device: torch.device, limit: int) -> None:
 
 def make_counters(device: torch.device) -> None:
     """Makes zeros for `tile_counter` on the current stream in advance: to clear one for every
-    launch takes a launch of its own, of which a pair of two layers would have twenty.
+    launch takes a launch of its own, of which a pair of two layers would have fourteen.
 
     Not by `tile_counter` itself, which may run in the warm-up of torch.compile's graphs: nothing
     made there may stay.

@@ -1,4 +1,4 @@
-"""Launches of a kernel after its first, for a quarter of the host's time.
+"""Launches of a kernel after its first, for a third of the host's time.
 
 JITFunction.run binds, specializes and hashes every argument anew in each launch: 30 to 40 us, and a
 transformer block forward and backward has about thirty. What follows looks the compiled kernel up
