@@ -179,7 +179,7 @@ def _forward(logits, targets, ignore_index, z_loss, num_sms):
 
 def _fits_hopper(rows: Tensor) -> bool:
     """Whether there are enough rows to give each to a warp, in 16-bit numbers that lie evenly."""
-    if rows.shape[0] < MANY_ROWS or rows.element_size() != 2:
+    if rows.shape[0] < MANY_ROWS or rows.element_size() != 2 or not rows.is_cuda:
         return False
     if rows.shape[1] % 8 or rows.stride(0) % 8 or rows.data_ptr() % 16:
         return False
