@@ -12,6 +12,8 @@ stake.
 
 import torch
 
+from .kept import keep_zeros
+
 __all__ = ["can_claim", "claim_sms", "make_counters", "program_limit", "tile_counter"]
 
 COUNTERS = 256  # made at once
@@ -29,14 +31,10 @@ def program_limit(device: torch.device) -> torch.Tensor:
     """Programs that a kernel may have, 0: any number. [1] int32, one a device, for good."""
     limit = _limits.get(device)
     if limit is None:
-        limit = torch.zeros(1, dtype=torch.int32, device=device)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                # Made during a capture it belongs to the graph, and is zero in its replays only.
-                if torch.cuda.is_current_stream_capturing():
-                    return limit
-                torch.cuda.current_stream().synchronize()  # other streams will read it
-        _limits[device] = limit
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # It belongs to the graph, and is zero in its replays only.
+            return torch.zeros(1, dtype=torch.int32, device=device)
+        limit = _limits[device] = keep_zeros(1, torch.int32, device)
     return limit
 
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from .arithmetic import ceil_div, power_of_two
+from .kept import keep_zeros
 
 __all__ = [
     "MAX_COLUMNS",
@@ -80,4 +81,4 @@ def counters(like: torch.Tensor, count: int) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def _stream_counters(stream: int, device: torch.device, count: int) -> torch.Tensor:
-    return torch.zeros(count, dtype=torch.int64, device=device)
+    return keep_zeros(count, torch.int64, device)
