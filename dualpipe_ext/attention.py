@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .block_ops import rotary
 from .flash_attention import flash_attention, runs_as_kernels
 from .head_ops import split_heads, tables, turn_tail
+from .operators import check_num_sms
 from .weight_gradients import DelayedLinear
 
 __all__ = ["GroupedQueryAttention", "LatentAttention"]
@@ -32,14 +33,18 @@ IMPLEMENTATIONS = ("auto", "sdpa", "triton")
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, layer: nn.Module) -> Tensor:
     """Causal attention [B, N, S, D], by the implementation and on the SMs that the layer names."""
-    choice = layer.implementation
-    if choice == "triton" or (choice == "auto" and runs_as_kernels(query, value)):
+    if _uses_flash_attention(layer, query, (query.shape[-1], value.shape[-1])):
         deterministic = torch.are_deterministic_algorithms_enabled()
         how = {"num_sms": layer.num_sms, "deterministic": deterministic}
         return flash_attention(query, key, value, causal=True, **how)
     shared = query.shape[1] != key.shape[1]
     with _kernels(query):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared)
+
+
+def _uses_flash_attention(layer: nn.Module, like: Tensor, widths: tuple[int, int]) -> bool:
+    choice = layer.implementation
+    return choice == "triton" or (choice == "auto" and runs_as_kernels(like, widths))
 
 
 def _check_implementation(implementation: str) -> None:
@@ -108,6 +113,16 @@ class GroupedQueryAttention(nn.Module):
             key = rotary(self.key_norm(key), *turns)
         mixed = _attend(*(part.transpose(1, 2) for part in (query, key, value)), self)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def uses_flash_attention(self, x: Tensor) -> bool:
+        """Whether x would be attended to by `flash_attention`, and not by torch's."""
+        return _uses_flash_attention(self, x, (self.head_width, self.head_width))
+
+    def kernel_options(self) -> tuple:
+        """Of `flash_attention.forward_operator`, behind the packed sequences."""
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        num_sms = check_num_sms(self.num_sms)
+        return True, self.head_width**-0.5, num_sms, deterministic, "auto"
 
 
 class LatentAttention(nn.Module):

@@ -27,6 +27,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from .attention_segment import AttentionSegment, fits
 from .block_ops import rms_norm
 from .exchange import Exchange
 from .grouped_mlp import grouped_mlp, mlp_dgrad, mlp_forward, mlp_wgrad
@@ -208,6 +209,8 @@ class BlockChunk:
 
     def attention(self, x: Tensor) -> tuple[Tensor, ...]:
         self._shape = x.shape
+        if self._grad and "attention" not in self.block.recompute and fits(self.block, x):
+            self._attention = AttentionSegment(self.block)
         self._h, self._m, *routing = self._attention.forward(x)
         if self._moe is None:
             return (self._m,)

@@ -67,7 +67,7 @@ def rms_norm(
     sms = check_num_sms(num_sms)
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     other = None if residual is None else residual.reshape(flat.shape)
-    normed, hidden, _ = _norm(flat, other, weight, eps, sms)
+    normed, hidden, _ = norm_operator(flat, other, weight, eps, sms)
     normed = normed.view(x.shape)
     return normed if residual is None else (normed, hidden.view(x.shape))
 
@@ -155,11 +155,11 @@ def _norm_gradients(ctx, d_normed, d_hidden, _d_rstd):
         d_hidden = None
     if d_normed is None:  # only x + residual was used
         return d_hidden, d_hidden, None, None, None
-    dx, d_weight = _norm_backward(d_normed, d_hidden, hidden, weight, rstd, ctx.num_sms)
+    dx, d_weight = norm_backward_operator(d_normed, d_hidden, hidden, weight, rstd, ctx.num_sms)
     return dx, dx if ctx.has_residual else None, d_weight, None, None
 
 
-_norm = define(
+norm_operator = define(
     "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, int num_sms) "
     "-> (Tensor, Tensor, Tensor)",
     _rms_norm,
@@ -167,7 +167,7 @@ _norm = define(
     _norm_gradients,
     _save_norm,
 )
-_norm_backward = define(
+norm_backward_operator = define(
     "rms_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor weight, "
     "Tensor rstd, int num_sms) -> (Tensor, Tensor)",
     _rms_norm_backward,

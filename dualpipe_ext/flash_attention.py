@@ -63,15 +63,15 @@ def flash_attention(
     scale = None if scale is None else float(scale)
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, num_sms, implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _forward_operator(
+    return forward_operator(
         q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms or 0, deterministic,
         implementation,
     )[0]  # fmt: skip
 
 
-def runs_as_kernels(q: Tensor, v: Tensor) -> bool:
-    """Whether `flash_attention` computes these by its kernels where the choice is its own."""
-    widths = (q.shape[-1], v.shape[-1])
+def runs_as_kernels(q: Tensor, widths: tuple[int, int]) -> bool:
+    """Whether `flash_attention` computes queries like q, with (D, V) of `widths`, by its kernels
+    where the choice is its own."""
     return q.is_cuda and q.dtype in DTYPES and widths in WIDTHS and _takes_kernels(q.device)
 
 
@@ -237,9 +237,9 @@ def _takes_kernels(device: torch.device) -> bool:
 
 
 def _use_kernels(q: Tensor, v: Tensor, implementation: str) -> bool:
-    if implementation != "triton":
-        return implementation == "auto" and runs_as_kernels(q, v)
     widths = (q.shape[-1], v.shape[-1])
+    if implementation != "triton":
+        return implementation == "auto" and runs_as_kernels(q, widths)
     if not q.is_cuda:
         problem = f"tensors on {q.device}: it needs a Hopper GPU"
     elif device_facts(q.device)[1][0] != 9:
@@ -376,20 +376,20 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, d_out, _d_lse):
-    gradients = _backward_operator(d_out, *ctx.saved_tensors, *ctx.how)
+    gradients = backward_operator(d_out, *ctx.saved_tensors, *ctx.how)
     return *gradients, *(None,) * (2 + len(ctx.how))
 
 
 _HOW = "bool causal, float scale, int num_sms, bool deterministic, str implementation"
 _STARTS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
-_forward_operator = define(
+forward_operator = define(
     f"flash_attention_forward(Tensor q, Tensor k, Tensor v, {_STARTS}, {_HOW}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     _autograd_backward,
     _setup_context,
 )
-_backward_operator = define(
+backward_operator = define(
     "flash_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, "
     f"Tensor lse, {_STARTS}, {_HOW}) -> (Tensor, Tensor, Tensor)",
     _backward,

@@ -97,7 +97,7 @@ def route(
             f"1 <= topk <= {E}, a divisor of {E}, and 1 <= topk_groups <= n_groups"
         )
     how = (topk, renormalize, n_groups, topk_groups, route_scale, check_num_sms(num_sms))
-    topk_weight, probability_sum, topk_idx, count, _ = _route(x, weight, bias, *how)
+    topk_weight, probability_sum, topk_idx, count, _ = route_operator(x, weight, bias, *how)
     return topk_idx, topk_weight, probability_sum, count
 
 
@@ -254,11 +254,11 @@ def _gradients(ctx, d_topk_weight, d_probability_sum, _d_idx, _d_count, _d_logit
         d_topk_weight = torch.zeros_like(saved[3], dtype=torch.float32)
     if d_probability_sum is None:
         d_probability_sum = saved[2].new_zeros(saved[2].shape[1])
-    dx, d_weight = _route_backward(d_topk_weight, d_probability_sum, *saved, *how)
+    dx, d_weight = route_backward_operator(d_topk_weight, d_probability_sum, *saved, *how)
     return dx, d_weight.to(saved[1].dtype), *(None,) * 7
 
 
-_route = define(
+route_operator = define(
     "route(Tensor x, Tensor weight, Tensor? bias, int topk, bool renormalize, int n_groups, "
     "int topk_groups, float route_scale, int num_sms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
@@ -266,7 +266,7 @@ _route = define(
     _gradients,
     _save,
 )
-_route_backward = define(
+route_backward_operator = define(
     "route_backward(Tensor d_topk_weight, Tensor d_probability_sum, Tensor x, Tensor weight, "
     "Tensor logits, Tensor topk_idx, bool softmax, bool renormalize, int n_groups, "
     "float route_scale, int num_sms) -> (Tensor, Tensor)",

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .operators import autocast_off
+from .operators import autocast_off, check_num_sms
 
 __all__ = ["Router", "Routes", "balance_loss", "count_tokens"]
 
@@ -120,9 +120,9 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routes:
         """Routes ``x`` [T, H] of any floating dtype. T = 0 is legal; the loss is then 0."""
         with autocast_off(x.device.type):
-            math_dtype = torch.promote_types(x.dtype, torch.float32)
-            if math_dtype == torch.float32 and self._takes_kernel(x):
+            if self.takes_kernel(x):
                 return self._fused(x)
+            math_dtype = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(math_dtype), self.weight.to(math_dtype))
             if self.kind == "softmax":
                 scores = probability = logits.softmax(dim=-1)
@@ -138,7 +138,10 @@ class Router(nn.Module):
             aux_loss = balance_loss(probability, tokens_per_expert)
         return Routes(topk_idx.int(), weight * self.route_scale, aux_loss, tokens_per_expert)
 
-    def _takes_kernel(self, x: Tensor) -> bool:
+    def takes_kernel(self, x: Tensor) -> bool:
+        """Whether x [T, H] is routed by `fused_router`."""
+        if torch.promote_types(x.dtype, torch.float32) != torch.float32:
+            return False
         if self.implementation == "torch" or type(self).select is not Router.select:
             return False
         if self.implementation == "triton":
@@ -148,24 +151,27 @@ class Router(nn.Module):
         return fits_hopper(x, self.weight, self.topk, self.n_groups)
 
     def _fused(self, x: Tensor) -> Routes:
-        from .fused_router import route
+        from .fused_router import route_operator
 
-        given = self.weight
-        topk_idx, weight, probability_sum, tokens_per_expert = route(
-            x,
-            given if given.dtype == torch.bfloat16 else given.float(),
-            self.bias,
-            topk=self.topk,
-            renormalize=self.renormalize,
-            n_groups=self.n_groups,
-            topk_groups=self.topk_groups,
-            route_scale=self.route_scale,
-            num_sms=self.num_sms,
-        )
-        # balance_loss in as few operations, with the sums of T * K routes known.
+        routed = route_operator(x, self.kernel_weight(), self.bias, *self.kernel_options())
+        topk_weight, probability_sum, topk_idx, tokens_per_expert, _ = routed
         products = (probability_sum * tokens_per_expert).sum()
-        aux_loss = products * (self.num_experts / max(x.shape[0] ** 2 * self.topk, 1))
-        return Routes(topk_idx, weight, aux_loss, tokens_per_expert)
+        aux_loss = products * self.loss_factor(x.shape[0])
+        return Routes(topk_idx, topk_weight, aux_loss, tokens_per_expert)
+
+    def kernel_weight(self) -> Tensor:
+        """In a dtype that `fused_router` takes."""
+        return self.weight if self.weight.dtype == torch.bfloat16 else self.weight.float()
+
+    def kernel_options(self) -> tuple:
+        """Of `fused_router.route_operator`, behind the bias."""
+        groups = self.n_groups, self.topk_groups
+        num_sms = check_num_sms(self.num_sms)
+        return self.topk, self.renormalize, *groups, self.route_scale, num_sms
+
+    def loss_factor(self, num_tokens: int) -> float:
+        """Of sum(probability_sum * tokens_per_expert) in the balance loss, T * K routes known."""
+        return self.num_experts / max(num_tokens**2 * self.topk, 1)
 
     @torch.no_grad()
     def select(self, scores: Tensor) -> Tensor:

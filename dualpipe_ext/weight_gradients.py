@@ -22,6 +22,7 @@ __all__ = [
     "DelayedLinear",
     "WeightGradients",
     "accumulate",
+    "add_linear",
     "delay_linears",
     "linear",
     "run_backward",
@@ -164,21 +165,27 @@ class _DelayedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        parameters = ctx.parameters
+        add_linear(ctx.store, ctx.parameters, x, dy)
+        return dy @ ctx.parameters[0].to(dy.dtype), None, None
 
-        def compute(totals):
-            dy_2d, x_2d = dy.flatten(0, -2), x.flatten(0, -2)
-            gradients = [None] * len(parameters)
-            added = totals[0] is not None and _add_product(totals[0], dy_2d.T, x_2d)
-            if parameters[0].requires_grad and not added:
-                gradients[0] = dy_2d.T @ x_2d
-            if len(parameters) > 1:
-                gradients[1] = dy_2d.sum(0)
-            return gradients
 
-        if any(parameter.requires_grad for parameter in parameters):
-            ctx.store.add(parameters, compute)
-        return dy @ parameters[0].to(dy.dtype), None, None
+def add_linear(
+    store: WeightGradients, parameters: Sequence[nn.Parameter], x: Tensor, dy: Tensor
+) -> None:
+    """Leaves the gradients of a linear layer's weight, and of its bias, for `store.run`."""
+
+    def compute(totals):
+        dy_2d, x_2d = dy.flatten(0, -2), x.flatten(0, -2)
+        gradients = [None] * len(parameters)
+        added = totals[0] is not None and _add_product(totals[0], dy_2d.T, x_2d)
+        if parameters[0].requires_grad and not added:
+            gradients[0] = dy_2d.T @ x_2d
+        if len(parameters) > 1:
+            gradients[1] = dy_2d.sum(0)
+        return gradients
+
+    if any(parameter.requires_grad for parameter in parameters):
+        store.add(parameters, compute)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> bool:
