@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
+from torch.nn.modules.module import _has_any_global_hook
 
 from .attention import GroupedQueryAttention
 from .block_ops import norm_backward_operator, norm_operator
@@ -25,40 +25,37 @@ from .weight_gradients import DelayedLinear, WeightGradients, add_linear, run_ba
 
 __all__ = ["AttentionSegment", "fits"]
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+PARTS = (nn.RMSNorm, DelayedLinear, DelayedLinear, nn.RMSNorm, Router)
 
 
 def fits(block: nn.Module, x: Tensor) -> bool:
     """Whether nobody would see a difference to `block.attend_and_route(x)` under autograd.
 
-    All modules are ours and as we made them (FSDP and parametrizations change their class), no hook
-    runs in them, all parameters are plain and want a gradient; nobody traces, and no saved tensor
-    goes elsewhere.
+    All modules are ours and as we made them (a parametrization, or FSDP around one of them, changes
+    its class), no hook runs in them, all parameters are plain and want a gradient; nobody traces,
+    and no saved tensor goes elsewhere.
     """
     attention, moe = block.attention, block.feed_forward
     if type(attention) is not GroupedQueryAttention or type(moe) is not MoELayer:
         return False
-    parts = _parts(block)
-    if tuple(map(type, parts)) != _PARTS or attention.query_norm is not None:
+    if moe.shared_expert is not None or attention.query_norm is not None or x.dim() != 3:
         return False
-    if moe.shared_expert is not None or x.dim() != 3 or not attention.uses_flash_attention(x):
+    parts = _parts(block)
+    if tuple(map(type, parts)) != PARTS or not attention.uses_flash_attention(x):
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
-    weights = [module.weight for module in parts]
-    if is_observed((x, *weights)) or _saves_elsewhere() or any(map(_hooks, parts)):
+    if _has_any_global_hook() or _saves_elsewhere() or any(map(_has_hooks, (attention, *parts))):
         return False
-    if _hooks(attention) or any(getattr(nn_module, name, None) for name in GLOBAL_HOOKS):
+    weights = [part.weight for part in parts]
+    for weight in weights:
+        if type(weight) is not nn.Parameter or not weight.requires_grad:
+            return False
+    if not x.dtype == weights[1].dtype == weights[2].dtype:
         return False
-    if any(type(w) is not nn.Parameter or not w.requires_grad for w in weights):
+    if attention.qkv.bias is not None or attention.out.bias is not None or is_observed((x,)):
         return False
-    if any(module.bias is not None or module.weight.dtype != x.dtype for module in parts[1:3]):
-        return False
-    return moe.router.takes_kernel(x.flatten(0, 1))
-
-
-_PARTS = (nn.RMSNorm, DelayedLinear, DelayedLinear, nn.RMSNorm, Router)
+    return parts[-1].takes_kernel(x.flatten(0, 1))
 
 
 def _parts(block: nn.Module) -> tuple[nn.Module, ...]:
@@ -67,8 +64,9 @@ def _parts(block: nn.Module) -> tuple[nn.Module, ...]:
     return block.attention_norm, *linears, block.feed_forward_norm, block.feed_forward.router
 
 
-def _hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in HOOKS)
+def _has_hooks(module: nn.Module) -> bool:
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or backward)
 
 
 def _saves_elsewhere() -> bool:

@@ -11,7 +11,8 @@ the segments of two micro-batches against each other; run one after another they
 
 **Your own modules.** Everything between two exchanges may be any nn.Module:
 
-- `attention` maps [..., H] to the same shape. Its backward is autograd's.
+- `attention` maps [..., H] to the same shape. Its backward is autograd's, but for a
+  `GroupedQueryAttention` behind which a `Router` comes (`attention_segment.py`).
 - `feed_forward` is a `MoELayer`, a `RoutedExperts` around your own experts' MLP, or any module that
   maps [..., H] to the same shape: a dense layer, which nothing is exchanged for.
 

@@ -6,6 +6,7 @@ from torch import nn
 from dualpipe_ext.attention import GroupedQueryAttention, LatentAttention
 from dualpipe_ext.block import TransformerBlock
 from dualpipe_ext.moe import MoELayer
+from dualpipe_ext.router import Router
 from dualpipe_ext.stage import TransformerStage
 
 HIDDEN, WORDS = 16, 11
@@ -39,7 +40,15 @@ def moe_layer(**options):
     return MoELayer(hidden=HIDDEN, expert_hidden=8, num_experts=4, topk=2, **options)
 
 
+def fused_router():
+    router = Router(HIDDEN, 4, 2, implementation="triton")
+    router.reset_parameters(0.3)
+    return router
+
+
 def attention(kind="gqa"):
+    if kind == "plain":  # with a `fused_router`: an `AttentionSegment`
+        return GroupedQueryAttention(HIDDEN, heads=4, kv_heads=2, implementation="triton")
     if kind == "gqa":
         return GroupedQueryAttention(HIDDEN, heads=4, kv_heads=2, normalize=True)
     return LatentAttention(
