@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .attention import GroupedQueryAttention
-from .block_ops import norm_backward_operator, norm_operator
-from .flash_attention import backward_operator as attend_backward_operator
+from .block_ops import norm_backward_operator, norm_operator, rotate_into
+from .flash_attention import backward_into as attend_backward_into
 from .flash_attention import forward_operator as attend_operator
 from .fused_router import route_backward_operator, route_operator
-from .head_ops import join_heads_operator, split_heads_operator, tables
+from .head_ops import tables
 from .moe import MoELayer
 from .operators import is_observed
 from .router import Router
@@ -94,7 +94,7 @@ class AttentionSegment:
         n, _, rstd = norm_operator(rows, None, w_first, first.eps, 0)
         turns = tables(S, attention.head_width, attention.rope_base, x.device)
         heads = F.linear(n, w_qkv).view(B, S, -1, attention.head_width)
-        qkv = [y.transpose(1, 2) for y in split_heads_operator(heads, *turns, attention.kv_heads)]
+        qkv = self._turn(heads, turns, inverse=False)
         how = attention.kernel_options()
         mixed, lse = attend_operator(*qkv, None, None, *how)
         joined = mixed.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -155,12 +155,25 @@ class AttentionSegment:
         add_linear(self._later, (w_out,), joined, d_h)
         B, N, S, D = mixed.shape
         d_mixed = (d_h @ w_out).view(B, S, N, D).transpose(1, 2)
-        d_qkv = attend_backward_operator(d_mixed, *qkv, mixed, lse, None, None, *how)
-        d_heads = join_heads_operator(*(d.transpose(1, 2) for d in d_qkv), *turns)
-        d_heads = d_heads.flatten(2).flatten(0, 1)
+        d_heads = n.new_empty(B, S, w_qkv.shape[0] // D, D)
+        attend_backward_into(self._split(d_heads), d_mixed, *qkv, mixed, lse, None, None, *how)
+        self._turn(d_heads, turns, inverse=True)
+        d_heads = d_heads.view(B * S, -1)
         add_linear(self._later, (w_qkv,), n, d_heads)
         dx, d_first = norm_backward_operator(d_heads @ w_qkv, d_h, rows, w_first, rstd, 0)
         return dx.view(B, S, -1), d_first
+
+    def _turn(self, heads: Tensor, turns: tuple[Tensor, Tensor], *, inverse: bool) -> list[Tensor]:
+        """Rotates queries and keys of heads [B, S, N + 2G, D] in place; returns their `_split`."""
+        turned = heads[:, :, : heads.shape[2] - self._block.attention.kv_heads]
+        rotate_into(turned, *turns, None, False, inverse, 0, turned)
+        return self._split(heads)
+
+    def _split(self, heads: Tensor) -> list[Tensor]:
+        """Queries, keys and values in heads [B, S, N + 2G, D], as [B, N or G, S, D]."""
+        groups = self._block.attention.kv_heads
+        sizes = [heads.shape[2] - 2 * groups, groups, groups]
+        return [part.transpose(1, 2) for part in heads.split(sizes, dim=2)]
 
     def backward_weight(self) -> None:
         self._later.run()

@@ -312,20 +312,35 @@ def _forward_fake(
     return _forward_outputs(q, v, cu_seqlens_q is not None)
 
 
-def _backward(
-    d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms, deterministic,
-    implementation,
-):  # fmt: skip
+def _backward(d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *how):
     packed = cu_seqlens_q is not None
-    dq, dk, dv = (_empty_like(x, x.shape[-1], packed) for x in (q, k, v))
+    gradients = tuple(_empty_like(x, x.shape[-1], packed) for x in (q, k, v))
+    backward_into(gradients, d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *how)
+    return gradients
+
+
+def backward_into(
+    gradients, d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms,
+    deterministic, implementation,
+):  # fmt: skip
+    """The backward operator, into tensors of the caller's: at multiples of 16 bytes, with strides
+    that are multiples of 8, but for the last, which is 1."""
+    packed = cu_seqlens_q is not None
     starts = (cu_seqlens_q, cu_seqlens_k)
+    dq, dk, dv = gradients
     if not _use_kernels(q, v, implementation):
         _reference_backward(d_out, q, k, v, out, lse, *starts, causal, scale, dq, dk, dv)
     elif not q.numel() or not k.numel():
-        for x in (dq, dk, dv):
+        for x in gradients:
             x.zero_()
     else:
         rows = [_rows(x, packed) for x in (q, k, v, d_out, out, dq, dk, dv)]
+        for x, written in zip(gradients, rows[5:], strict=True):
+            if x.data_ptr() != written.data_ptr():
+                raise ValueError(
+                    f"a gradient starts at {x.data_ptr():#x} with strides {x.stride()}: pass "
+                    "multiples of 16 bytes and of 8"
+                )
         how = dict(causal=causal, scale=scale, num_sms=_num_sms(q, num_sms))
         _backward_kernels(*rows, lse, *starts, deterministic, how)
         if packed:
@@ -333,7 +348,6 @@ def _backward(
 
             for x, ends in ((dq, cu_seqlens_q), (dk, cu_seqlens_k), (dv, cu_seqlens_k)):
                 clear_tail(x, ends, num_sms=how["num_sms"])
-    return dq, dk, dv
 
 
 def _backward_kernels(
@@ -376,7 +390,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, d_out, _d_lse):
-    gradients = backward_operator(d_out, *ctx.saved_tensors, *ctx.how)
+    gradients = _backward_operator(d_out, *ctx.saved_tensors, *ctx.how)
     return *gradients, *(None,) * (2 + len(ctx.how))
 
 
@@ -389,7 +403,7 @@ forward_operator = define(
     _autograd_backward,
     _setup_context,
 )
-backward_operator = define(
+_backward_operator = define(
     "flash_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, "
     f"Tensor lse, {_STARTS}, {_HOW}) -> (Tensor, Tensor, Tensor)",
     _backward,

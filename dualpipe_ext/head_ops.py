@@ -72,7 +72,7 @@ def split_heads(
             "than the heads in all, for keys and values, so that a query head is left"
         )
     cos, sin = tables(qkv.shape[1], qkv.shape[3], base, qkv.device)
-    return split_heads_operator(qkv, cos, sin, kv_heads)
+    return _split_heads_operator(qkv, cos, sin, kv_heads)
 
 
 def turn_tail(x: Tensor, width: int, *, base: float = 10_000.0) -> Tensor:
@@ -143,7 +143,7 @@ def _heads_gradient(ctx, *gradients):
     some = next(x for x in gradients if x is not None)
     given = zip(gradients, ctx.shapes, strict=True)
     dq, dk, dv = (some.new_zeros(shape) if x is None else x for x, shape in given)
-    return join_heads_operator(dq, dk, dv, *ctx.saved_tensors), None, None, None
+    return _join_heads_operator(dq, dk, dv, *ctx.saved_tensors), None, None, None
 
 
 def _turn_tail(x, cos, sin, inverse):
@@ -157,14 +157,14 @@ def _tail_gradient(ctx, dy):
     return _turn_tail_operator(dy, *ctx.saved_tensors, True), None, None, None
 
 
-split_heads_operator = define(
+_split_heads_operator = define(
     "split_heads(Tensor qkv, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor, Tensor)",
     _split_heads,
     _split_heads_fake,
     _heads_gradient,
     _save_heads,
 )
-join_heads_operator = define(
+_join_heads_operator = define(
     "join_heads(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor",
     _join_heads,
     _join_heads_fake,
