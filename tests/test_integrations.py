@@ -146,6 +146,11 @@ def under_torch(rank, group, chunks):
         stages, chunks, loss_fn=small.word_loss, scale_grads=False
     )
     overlap_pairs(schedule)
+    if not hasattr(PipelineStage, "_warmup_forward_vote"):
+        # Until 2.12 a rank that holds neighbouring stages first sends itself a word, which NCCL
+        # does and gloo does not. Nothing but connections comes of it.
+        for stage in stages:
+            stage._get_init_p2p_neighbors_ops = list
     pairs = []
     run = pair.run
     pair.run = lambda *arguments: pairs.append(1) or run(*arguments)

@@ -17,7 +17,7 @@ from dualpipe_ext.schedule import build_schedule
 from tests.dense_moe import relative_error
 from tests.test_pipeline import WIDTH, Case, Residual, check, part_of, square_loss
 from tests.test_pipeline_links import as_on_gpus
-from tests.workers import WorkerDiedError, WorkerPool
+from tests.workers import PATIENCE, SLACK, WorkerDiedError, WorkerPool
 
 
 def chain(rank, group, stage=None, **options):
@@ -112,7 +112,7 @@ def test_every_rank_hears_of_an_odd_number(gloo_workers_4):
 class Late(Residual):
     """Sleeps in its sixth forward: the second chunk of the second step."""
 
-    count, seconds = 0, 2.5
+    count, seconds = 0, 2 * PATIENCE
 
     def forward(self, x):
         self.count += 1
@@ -123,7 +123,7 @@ class Late(Residual):
 
 def come_late(rank, _):
     """Steps of a pipeline whose rank 1 takes longer in the second than the limit."""
-    pipeline = chain(rank, dist.new_group(), Late(1) if rank else None, timeout=1.0)
+    pipeline = chain(rank, dist.new_group(), Late(1) if rank else None, timeout=PATIENCE)
     inputs, options = batch(rank)
     return [attempt(pipeline.step, *inputs, **options) for _ in range(3)]
 
@@ -131,23 +131,24 @@ def come_late(rank, _):
 def test_a_late_rank_ends_the_pipeline_everywhere(gloo_workers_2):
     for first, second, third in gloo_workers_2.run(come_late, timeout=60):
         assert first[0] == "nothing"
-        assert second[0].startswith("DualPipeError: rank") and second[1] < 5, second
-        assert "a step before broke off" in third[0] and third[1] < 0.5, third
+        assert second[0].startswith("DualPipeError: rank"), second
+        assert second[1] < 2 * PATIENCE + SLACK, second
+        assert "a step before broke off" in third[0] and third[1] < PATIENCE, third
 
 
 def miss_a_step(rank, _):
     """Rank 1 comes to its first step when rank 0 has given up; then both try again."""
-    pipeline = chain(rank, dist.new_group(), timeout=1.0)
+    pipeline = chain(rank, dist.new_group(), timeout=PATIENCE)
     inputs, options = batch(rank)
-    time.sleep(2.0 * rank)
+    time.sleep(2 * PATIENCE * rank)
     return [attempt(pipeline.step, *inputs, **options) for _ in range(2)]
 
 
 def test_words_of_a_step_that_broke_off_are_not_taken_for_the_next(gloo_workers_2):
     (first, again), (late, last) = gloo_workers_2.run(miss_a_step, timeout=60)
-    assert "ranks [1] of the pipeline did not begin the step within 1 s" in first[0]
-    assert "a step before broke off" in again[0] and again[1] < 0.5
-    assert late[0].startswith("DualPipeError") and late[1] < 4
+    assert "ranks [1] of the pipeline did not begin the step within 4 s" in first[0]
+    assert "a step before broke off" in again[0] and again[1] < PATIENCE
+    assert late[0].startswith("DualPipeError") and late[1] < PATIENCE + SLACK
     assert "a step before broke off" in last[0]
 
 
@@ -185,7 +186,7 @@ def die(rank, group, kind, folder):
     schedule = build_schedule(kind, group.size(), 8)
     stages = schedule.stages_of(rank)
     modules = [Dying(1) if rank == 2 else Residual(1) for _ in stages]
-    pipeline = Pipeline(modules, schedule=kind, group=group, timeout=1.0)
+    pipeline = Pipeline(modules, schedule=kind, group=group, timeout=PATIENCE)
     passed, options = part_of(Case(kind, 8), schedule, rank)
     (folder / str(rank)).write_bytes(pickle.dumps(attempt(pipeline.step, *passed, **options)))
 
@@ -195,7 +196,8 @@ def test_a_dead_process_is_an_error_on_every_rank(tmp_path):
         pool.run(die, "dualpipe", tmp_path, timeout=60)
     for rank in (0, 1, 3):
         text, waited = pickle.loads((tmp_path / str(rank)).read_bytes())
-        assert text.startswith("DualPipeError: rank") and waited < 5, (rank, text)
+        assert text.startswith("DualPipeError: rank"), (rank, text)
+        assert waited < PATIENCE + SLACK, (rank, text)
 
 
 class ToComplex(nn.Module):
@@ -350,12 +352,12 @@ def sum_with_a_late_copy(rank, _):
     """Rank 1 comes to the sum of dualpipe's copies when rank 0 has given up."""
     modules = [Residual(1), Residual(1)]
     group = dist.new_group()
-    pipeline = Pipeline(modules, schedule="dualpipe", group=group, timeout=1.0)
-    time.sleep(2.5 * rank)
+    pipeline = Pipeline(modules, schedule="dualpipe", group=group, timeout=PATIENCE)
+    time.sleep(2 * PATIENCE * rank)
     return attempt(pipeline.sum_copies)
 
 
 def test_the_sum_of_copies_has_the_limit(gloo_workers_2):
     (text, waited), _ = gloo_workers_2.run(sum_with_a_late_copy, timeout=60)
     assert text.startswith("DualPipeError: rank 0 waited") and "rank 1" in text
-    assert waited < 2.4
+    assert waited < 2 * PATIENCE  # rank 0 did not wait for it

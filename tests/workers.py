@@ -26,8 +26,10 @@ __all__ = ["WorkerDiedError", "WorkerPool", "WorkerTracebackError"]
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT = 120.0  # seconds; torch's import alone takes 2 s on a free core, more on a busy one
+PATIENCE = 4.0  # seconds to wait for a rank that never comes; busy cores made others come after 2
+SLACK = 10.0  # seconds more, at most, until every rank has its error
 STOP = b""
-GRACE = 3.0  # seconds that the other ranks get to answer once one has failed
+GRACE = 2 * PATIENCE  # seconds that the other ranks get to answer once one has failed
 
 
 class WorkerDiedError(RuntimeError):
