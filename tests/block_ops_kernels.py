@@ -36,7 +36,7 @@ RESOURCES = {
     "cross_entropy": (113, 0, 196672),
     "cross_entropy, in place, V 129280": (128, 0, 64),
     "cross_entropy, V 129280": (128, 0, 64),
-    "cross_entropy, a row a warp": (128, 0, 0),
+    "cross_entropy, a row a warp": (128, 0, 64),
     "cross_entropy_gradient": (32, 0, 49212),
     "scale_rows": (32, 0, 0),
     "route": (196, 0, 131128),

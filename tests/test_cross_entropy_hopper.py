@@ -26,7 +26,8 @@ def run(logits, targets, z_loss=0.0, num_sms=2):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("T", "V", "extra"), [(1, 8, 0), (16, 2048, 0), (50, 2056, 8), (100, 5000, 16), (17, 4096, 0)]
+    ("T", "V", "extra"),
+    [(1, 8, 0), (16, 2048, 0), (50, 2056, 8), (100, 5000, 16), (17, 4096, 0), (3, 40000, 0)],
 )
 def test_loss(T, V, extra, dtype):
     """Rows may lie further apart than they are long."""
@@ -41,10 +42,20 @@ def test_loss(T, V, extra, dtype):
     assert all(map(torch.equal, got, others))
 
 
-def test_targets_out_of_range_and_rows_of_infinities():
-    logits = drawn(1, 6, 24).bfloat16()
+def test_few_rows_are_cut_into_parts():
+    """To have few chunks of 2048 numbers after each other, on 132 SMs of 16 warps."""
+    for T, V, parts in (
+        *((1, 2048, 1), (1, 2056, 2), (100, 32768, 16), (500, 32768, 4), (8192, 32768, 1)),
+        *((10**9, 129280, 1), (132, 129280, 16), (0, 8, 1)),
+    ):
+        assert 1 << emulated().choose_shift(T, V) == parts, (T, V)
+
+
+@pytest.mark.parametrize("V", [24, 5000])
+def test_targets_out_of_range_and_rows_of_infinities(V):
+    logits = drawn(1, 6, V).bfloat16()
     logits[3], logits[4, 5] = -torch.inf, torch.inf
-    targets = torch.tensor([24, -1, 3, 0, 1, -100])
+    targets = torch.tensor([V, -1, 3, 0, 1, -100])
     loss, lse = run(logits, targets)
     assert loss[:2].isnan().all() and loss[2].isfinite() and loss[5] == 0
     assert lse[3] == -torch.inf and not lse[4].isfinite()

@@ -6,7 +6,12 @@ their exponentials and about as long for the rest. Threads that share a row do o
 since they meet for its sum: 2.7 µs a row. Here a program's 16 warps have a row each and never meet.
 They drift apart, and some compute while others wait for memory: a warp asks for 4 KB and computes
 the 4 KB before, across the end of a row, too.
+
+Where rows are few, 2 to 16 warps have a part of a row each, and do meet at its end: a warp alone
+takes 20 µs for 64 KB. The number of parts is known at run time, so no count of rows compiles anew.
 """
+
+from functools import cache
 
 import torch
 from triton.experimental import gluon
@@ -18,6 +23,7 @@ from .launch import cache_launches
 __all__ = ["cross_entropy_loss"]
 
 WARPS, VECTORS = 16, 8  # of a program; of 16 bytes, that a thread asks for at once
+SMS = 132  # for which parts are chosen; from the rows alone, so that num_sms changes no bits
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 NEVER = gl.constexpr(-3.0e38)  # below every finite maximum, and 2^(-inf − NEVER) is 0, not NaN
@@ -25,19 +31,12 @@ NEVER = gl.constexpr(-3.0e38)  # below every finite maximum, and 2^(-inf − NEV
 
 @gluon.jit
 def load_words(
-    words_ptr,
-    place,
-    exists,
-    first,
-    WORDS: gl.constexpr,
-    WIDTH: gl.constexpr,
-    BF16: gl.constexpr,
-    layout: gl.constexpr,
+    words_ptr, place, length, first, WIDTH: gl.constexpr, BF16: gl.constexpr, layout: gl.constexpr
 ):
-    """WIDTH words of two numbers of every row from word `first` on, two of -inf beyond it."""
+    """WIDTH words of two numbers of each part from word `first` on, two of -inf past its length."""
     LOWEST: gl.constexpr = -0x007F0080 if BF16 else -0x03FF0400
     column = first + gl.expand_dims(gl.arange(0, WIDTH, gl.SliceLayout(0, layout)), 0)
-    mask = gl.expand_dims(exists, 1) & (column < WORDS)
+    mask = column < gl.expand_dims(length, 1)
     return gl.load(words_ptr + (gl.expand_dims(place, 1) + column), mask=mask, other=LOWEST)
 
 
@@ -63,8 +62,26 @@ def add_words(words, biggest, total, BF16: gl.constexpr):
     return higher, total * gl.exp2(biggest - higher) + gl.sum(power, axis=1)
 
 
+@gluon.jit
+def log2_of_sums(biggest, total, shift, inside: gl.constexpr):
+    """Of what the warps have: Σ total · 2^biggest over the 2^shift parts of each one's row."""
+    n: gl.constexpr = biggest.shape[0]
+    if shift != 0:
+        pairs: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [n, 1], [1, 0])
+        others: gl.constexpr = gl.SliceLayout(0, pairs)
+        mine = gl.expand_dims(gl.arange(0, n, gl.SliceLayout(1, pairs)) >> shift, 1)
+        same = mine == gl.expand_dims(gl.arange(0, n, others) >> shift, 0)
+        bounds = gl.expand_dims(gl.convert_layout(biggest, others), 0)
+        sums = gl.expand_dims(gl.convert_layout(total, others), 0)
+        highest = gl.max(gl.where(same, bounds, NEVER), axis=1)
+        power = gl.exp2(bounds - gl.expand_dims(highest, 1))
+        total = gl.convert_layout(gl.sum(gl.where(same, sums * power, 0.0), axis=1), inside)
+        biggest = gl.convert_layout(highest, inside)
+    return biggest + gl.log2(total)
+
+
 @cache_launches
-@gluon.jit(do_not_specialize=["row_words", "num_rows", "ignore_index"])
+@gluon.jit(do_not_specialize=["row_words", "num_rows", "shift", "ignore_index"])
 def loss_kernel(
     logits_ptr,
     words_ptr,
@@ -73,47 +90,55 @@ def loss_kernel(
     lse_ptr,
     row_words,
     num_rows,
+    shift,
     ignore_index,
     z_loss,
     V: gl.constexpr,
     VECTORS: gl.constexpr,
     BF16: gl.constexpr,
-    ROWS: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
     WIDTH: gl.constexpr = VECTORS * 128
-    WORDS: gl.constexpr = V // 2
-    LAST: gl.constexpr = (WORDS - 1) // WIDTH
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [ROWS, 1], [1, 0])
+    CHUNKS: gl.constexpr = (V // 2 + WIDTH - 1) // WIDTH
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     inside: gl.constexpr = gl.SliceLayout(1, layout)
-    row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, inside)
-    place = row.to(gl.int64) * (row_words * 4)
-    words = load_words(words_ptr, place, row < num_rows, 0, WORDS, WIDTH, BF16, layout)
-    for first in range(gl.program_id(0) * ROWS, num_rows, gl.num_programs(0) * ROWS):
-        row = first + gl.arange(0, ROWS, inside)
+    # A warp has part `part` of 2^shift of a row: so many chunks.
+    warp = gl.arange(0, WARPS, inside)
+    part = warp & ((1 << shift) - 1)
+    chunks = (CHUNKS + (1 << shift) - 1) >> shift
+    skipped = part * chunks * WIDTH
+    length = (V // 8 - part * chunks * (WIDTH // 4)) * 4  # of the rest of the row; a multiple of 4
+    step = gl.num_programs(0) * (WARPS >> shift)
+    row = gl.program_id(0) * (WARPS >> shift) + (warp >> shift)
+    place = row.to(gl.int64) * (row_words * 4) + skipped
+    here = gl.where(row < num_rows, length, 0)
+    words = load_words(words_ptr, place, here, 0, WIDTH, BF16, layout)
+    for first in range(gl.program_id(0) * (WARPS >> shift), num_rows, step):
+        row = first + (warp >> shift)
         exists = row < num_rows
-        place = row.to(gl.int64) * (row_words * 4)
+        start = row.to(gl.int64) * (row_words * 4)
+        place = start + skipped
+        here = gl.where(exists, length, 0)
         target = gl.load(targets_ptr + row, mask=exists, other=0)
         valid = (target >= 0) & (target < V)
-        at_target = gl.load(logits_ptr + (place * 2 + target), mask=exists & valid, other=0.0)
-        biggest = gl.full([ROWS], NEVER, gl.float32, inside)
-        total = gl.zeros([ROWS], gl.float32, inside)
-        for chunk in range(LAST):
-            start = (chunk + 1) * WIDTH
-            ahead = load_words(words_ptr, place, exists, start, WORDS, WIDTH, BF16, layout)
+        at_target = gl.load(logits_ptr + (start * 2 + target), mask=exists & valid, other=0.0)
+        biggest = gl.full([WARPS], NEVER, gl.float32, inside)
+        total = gl.zeros([WARPS], gl.float32, inside)
+        for chunk in range(1, chunks):
+            ahead = load_words(words_ptr, place, here, chunk * WIDTH, WIDTH, BF16, layout)
             biggest, total = add_words(words, biggest, total, BF16)
             words = ahead
-        following = row + gl.num_programs(0) * ROWS
-        place = following.to(gl.int64) * (row_words * 4)
-        more = following < num_rows
-        ahead = load_words(words_ptr, place, more, 0, WORDS, WIDTH, BF16, layout)
+        place = (row + step).to(gl.int64) * (row_words * 4) + skipped
+        here = gl.where(row + step < num_rows, length, 0)
+        ahead = load_words(words_ptr, place, here, 0, WIDTH, BF16, layout)
         biggest, total = add_words(words, biggest, total, BF16)
         words = ahead
-        lse = (biggest + gl.log2(total)) * LN2
+        lse = log2_of_sums(biggest, total, shift, inside) * LN2
         loss = lse - at_target.to(gl.float32) + z_loss * lse * lse
         loss = gl.where(valid, loss, float("nan"))
         loss = gl.where(target == ignore_index, 0.0, loss)
-        gl.store(loss_ptr + row, loss, mask=exists)
-        gl.store(lse_ptr + row, lse, mask=exists)
+        gl.store(loss_ptr + row, loss, mask=exists & (part == 0))
+        gl.store(lse_ptr + row, lse, mask=exists & (part == 0))
 
 
 def cross_entropy_loss(
@@ -133,7 +158,8 @@ def cross_entropy_loss(
     targets  [T] integers, contiguous
     """
     T, V = logits.shape
-    loss_kernel[(max(1, min(num_sms, ceil_div(T, WARPS))),)](
+    shift = choose_shift(T, V)
+    loss_kernel[(max(1, min(num_sms, ceil_div(T, WARPS >> shift))),)](
         logits,
         logits.view(torch.int32),
         targets,
@@ -141,11 +167,25 @@ def cross_entropy_loss(
         lse,
         logits.stride(0) // 8,
         T,
+        shift,
         ignore_index,
         z_loss,
         V=V,
         VECTORS=VECTORS,
         BF16=logits.dtype == torch.bfloat16,
-        ROWS=WARPS,
+        WARPS=WARPS,
         num_warps=WARPS,
     )
+
+
+@cache
+def choose_shift(T: int, V: int) -> int:
+    """Of how many parts, 2^shift, a row is: so that warps have few chunks after each other, a part
+    costing one more for what comes after its last."""
+    chunks = ceil_div(V, VECTORS * 256)
+
+    def chunks_in_turn(shift: int) -> int:
+        rows = ceil_div(T, SMS * (WARPS >> shift))
+        return rows * (ceil_div(chunks, 1 << shift) + 1)
+
+    return min(range(WARPS.bit_length()), key=chunks_in_turn)

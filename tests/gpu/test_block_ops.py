@@ -117,6 +117,8 @@ def test_cross_entropy(V, how, dtype):
     ("T", "V", "how", "dtype"),
     [
         (1, 32768, dict(z_loss=1e-3), BF16),
+        (300, 40008, dict(z_loss=1e-3, reduction="none"), FP16),
+        (701, 32768, dict(), BF16),
         (70, 129280, dict(reduction="none", num_sms=3), BF16),
         (1024, 8, dict(z_loss=1e-3), BF16),
         (3001, 1000, dict(reduction="none", num_sms=50), BF16),
