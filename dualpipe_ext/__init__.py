@@ -14,6 +14,7 @@ from .placement import ExpertPlacement
 from .recording import record_trace
 from .routing import Plan
 from .stage import TransformerStage
+from .tune import Split, tune_split
 from .weight_gradients import DelayedLinear
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "Plan",
     "RoutedExperts",
     "RowsOverflowError",
+    "Split",
     "TransformerBlock",
     "TransformerStage",
     "grouped_mlp",
@@ -41,4 +43,5 @@ __all__ = [
     "optimizer_state_dict",
     "rebalance_experts",
     "record_trace",
+    "tune_split",
 ]

@@ -1,5 +1,7 @@
 """Overlapped pairs on GPUs: bit for bit what the same segments give one after another."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from dualpipe_ext.block import TransformerBlock
 from dualpipe_ext.moe import MoELayer
 from dualpipe_ext.overlap import OverlappedPair
 from dualpipe_ext.stage import TransformerStage
+from dualpipe_ext.tune import tune_split
 
 HIDDEN, SEQUENCES, LENGTH = 1024, 2, 768
 ROUNDS = 4  # a race shows now and then only
@@ -144,6 +147,39 @@ def test_graph_of_pairs(options):
 @pytest.mark.parametrize("options", GRAPHS, ids=str)
 def test_graph_of_pairs_on_two_gpus(options, gpu_workers_2):
     gpu_workers_2.run(check_graph, options, timeout=300)
+
+
+def tune(rank, group):
+    device = torch.device("cuda", rank)
+    stage, pair = build_stage(1, group, device), OverlappedPair(device)
+    x, dy = random_inputs(2, device, rank)
+    used, open_lanes = Counter(), pair._lanes.open
+
+    def open_and_count(comm_sms):
+        used[comm_sms] += 1
+        open_lanes(comm_sms)
+
+    def step():
+        before, after = stage.start_chunk(x), stage.start_chunk(dy)
+        before.forward()
+        pair.run(after, before, (dy,))
+        after.backward_input((x,))
+        after.backward_weight()
+
+    pair._lanes.open = open_and_count
+    how = {"group": group, "warmup": 1, "repeats": 2}
+    splits = tune_split(pair, step, comm_sms=(4, 12), num_sms=(None, 100), **how)
+    stage.blocks[0].feed_forward.close()
+    return splits, used, pair.comm_sms
+
+
+@pytest.mark.gpu_2
+def test_tuning_on_two_gpus(gpu_workers_2):
+    first, second = gpu_workers_2.run(tune, timeout=300)
+    assert first == second
+    splits, used, left = first
+    assert used == {4: 6, 12: 6} and left == splits[0].comm_sms
+    assert splits[0].seconds <= splits[-1].seconds
 
 
 @pytest.mark.gpu
