@@ -18,7 +18,7 @@ from .pipeline_agreement import Agreement
 
 __all__ = ["Split", "tune_split"]
 
-COMM_SMS = (8, 12, 16, 24)  # by bench/sm_split.py 4 are too slow, and more than 24 no faster
+COMM_SMS = (8, 12, 16, 24)  # with 4 bench/sm_split.py found communication longer than GEMMs
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,6 @@ def tune_split(
     A step that raises leaves ``pair`` as it was.
     """
     splits = [*itertools.product(comm_sms, num_sms)]
-    if not splits or repeats < 1 or warmup < 0:
-        raise ValueError(
-            f"comm_sms={comm_sms!r}, num_sms={num_sms!r}, warmup={warmup}, repeats={repeats}: pass "
-            "one number or more of each, warmup from 0 and repeats from 1"
-        )
     group = process_group(group)
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
@@ -83,6 +78,11 @@ def tune_split(
                 f"rank {rank} of the group is to tune {theirs} and rank {agreement.rank} {asked} "
                 "(splits, warmup, repeats): pass the same on every rank"
             )
+    if not splits or repeats < 1 or warmup < 0:  # all ranks have come, and all raise
+        raise ValueError(
+            f"comm_sms={comm_sms!r}, num_sms={num_sms!r}, warmup={warmup}, repeats={repeats}: pass "
+            "one number or more of each, warmup from 0 and repeats from 1"
+        )
     before = pair.comm_sms, pair.num_sms
     try:
         times = _time_in_turn(pair, step, splits, warmup, repeats)

@@ -147,8 +147,8 @@ def under_torch(rank, group, chunks):
     )
     overlap_pairs(schedule)
     if not hasattr(PipelineStage, "_warmup_forward_vote"):
-        # Until 2.12 a rank that holds neighbouring stages first sends itself a word, which NCCL
-        # does and gloo does not. Nothing but connections comes of it.
+        # In torch 2.11 a rank that holds neighbouring stages first sends itself a word, which gloo
+        # refuses. Nothing but connections comes of it.
         for stage in stages:
             stage._get_init_p2p_neighbors_ops = list
     pairs = []

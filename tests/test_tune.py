@@ -85,15 +85,20 @@ def test_the_slowest_rank_counts(gloo_workers_2):
 
 
 def tune_differently(rank, _):
-    pair = SimpleNamespace(comm_sms=8, num_sms=None)
-    with pytest.raises(ValueError) as error:
-        tune_split(pair, lambda: None, comm_sms=(8, 16 + rank))
-    return str(error.value)
+    """Other splits on each rank; none on one of them; none on both."""
+    pair, found = SimpleNamespace(comm_sms=8, num_sms=None), []
+    for comm_sms in ((8, 16 + rank), (8,) * rank, ()):
+        with pytest.raises(ValueError) as error:
+            tune_split(pair, lambda: None, comm_sms=comm_sms, timeout=PATIENCE)
+        found.append(str(error.value))
+    return found
 
 
-def test_ranks_that_choose_from_different_splits(gloo_workers_2):
-    for text in gloo_workers_2.run(tune_differently, timeout=60):
-        assert "(16, None)" in text and "(17, None)" in text and "the same on every rank" in text
+def test_every_rank_hears_of_wrong_splits(gloo_workers_2):
+    for different, one, both in gloo_workers_2.run(tune_differently, timeout=60):
+        assert "(16, None)" in different and "(17, None)" in different
+        assert all("the same on every rank" in text for text in (different, one))
+        assert "pass one number or more of each" in both
 
 
 def tune_alone(rank, _):

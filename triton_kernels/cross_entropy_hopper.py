@@ -11,7 +11,7 @@ Where rows are few, 2 to 16 warps have a part of a row each, and do meet at its 
 takes 20 µs for 64 KB. The number of parts is known at run time, so no count of rows compiles anew.
 """
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 from triton.experimental import gluon
@@ -178,7 +178,7 @@ def cross_entropy_loss(
     )
 
 
-@cache
+@lru_cache(maxsize=1024)
 def choose_shift(T: int, V: int) -> int:
     """Of how many parts, 2^shift, a row is: so that warps have few chunks after each other, a part
     costing one more for what comes after its last."""
