@@ -75,7 +75,7 @@ class TensorDescriptor:
         return memory, place, torch.from_numpy(exists)
 
 
-def async_copy_global_to_shared(descriptor, coordinates, barrier, target):
+def async_load(descriptor, coordinates, barrier, target):
     assert target.shape == descriptor.block_shape, (target.shape, descriptor.block_shape)
     memory, place, exists = descriptor.places(coordinates)
     target.begin_write()
@@ -84,7 +84,7 @@ def async_copy_global_to_shared(descriptor, coordinates, barrier, target):
     barrier.arrive(0, arrived=descriptor.block_type.nbytes)
 
 
-def async_copy_shared_to_global(descriptor, coordinates, source):
+def async_store(descriptor, coordinates, source):
     assert source.shape == descriptor.block_shape
     memory, place, exists = descriptor.places(coordinates)
     memory[place[exists]] = source.read_by_hardware()[exists]
@@ -289,7 +289,6 @@ def _language() -> ModuleType:
     gl.inline_asm_elementwise = inline_asm_elementwise
     gl.allocate_shared_memory = allocate_shared_memory
     gl.warp_specialize = warp_specialize
-    gl.thread_barrier = lambda: None
     return gl
 
 
@@ -305,11 +304,18 @@ def _hopper() -> ModuleType:
         expect=lambda bar, size: bar.arrive(1, expected=size),
     )
     hopper.tma = SimpleNamespace(
-        async_copy_global_to_shared=async_copy_global_to_shared,
-        async_copy_shared_to_global=async_copy_shared_to_global,
         store_wait=lambda pendings: None,
     )
     return hopper
+
+
+def _compat() -> ModuleType:
+    compat = ModuleType("compat")
+    compat.GluonDescriptor, compat.barrier = TensorDescriptor, lambda: None
+    compat.async_load, compat.async_store = async_load, async_store
+    compat.async_reduce_add = async_reduce_add
+    compat.reinterpret = lambda memory, *how: memory.reinterpret(*how)
+    return compat
 
 
 _numbers = itertools.count()
@@ -323,11 +329,9 @@ def emulate(folder: Path, *names: str) -> list[ModuleType]:
     """The files `names`.py of a folder as modules that run on the CPU, sharing their imports."""
     triton, experimental = ModuleType("triton"), ModuleType("triton.experimental")
     triton.cdiv = lambda a, b: -(-a // b)
-    gluon, nvidia = ModuleType("gluon"), ModuleType("gluon.nvidia")
+    gluon = ModuleType("gluon")
     gluon.jit, gluon.language = jit, _language()
     experimental.gluon = gluon
-    host = ModuleType("gluon.nvidia.hopper")
-    host.TensorDescriptor = TensorDescriptor
     prefix = "triton.experimental.gluon"
     fakes = {
         "triton": triton,
@@ -336,13 +340,10 @@ def emulate(folder: Path, *names: str) -> list[ModuleType]:
         f"{prefix}.language": gluon.language,
         f"{prefix}.language.nvidia": ModuleType("gluon.language.nvidia"),
         f"{prefix}.language.nvidia.hopper": _hopper(),
-        f"{prefix}.nvidia": nvidia,
-        f"{prefix}.nvidia.hopper": host,
     }
     package = ModuleType(f"emulated_{next(_numbers)}")
     package.__path__ = [str(folder)]
-    fakes[f"{package.__name__}.tma_reduce"] = reduce = ModuleType("tma_reduce")
-    reduce.async_reduce_add = async_reduce_add
+    fakes[f"{package.__name__}.compat"] = _compat()
     fakes[f"{package.__name__}.launch"] = launch = ModuleType("launch")
     launch.cache_launches = _as_it_is
     before = {name: sys.modules.get(name) for name in fakes}

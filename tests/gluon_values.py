@@ -180,7 +180,7 @@ class Shared:
     def reshape(self, shape):
         return Shared(self.data.view(shape), self.root)
 
-    def _reinterpret(self, dtype, shape, layout):
+    def reinterpret(self, dtype, shape, layout):
         size = math.prod(shape) * dtype.itemsize
         memory = self.data.flatten().view(torch.uint8)
         if size > len(memory):

@@ -1,11 +1,13 @@
 """A launch that is looked up passes what Triton's own would, to the kernel that it would compile.
 
 The driver is a fake that notes what the C function of a kernel is called with; kernels are compiled
-for sm_90, as everywhere.
+for sm_90, as everywhere. Triton 3.6 makes a C function for each kernel, later ones have one for all
+(`Call.of`).
 """
 
 import gc
 import weakref
+from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
@@ -24,11 +26,13 @@ from triton.runtime.driver import driver  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from dualpipe_ext.triton_kernels.boxes import describe, shared_layout  # noqa: E402
-from dualpipe_ext.triton_kernels.launch import VERSIONS, cache_launches  # noqa: E402
+from dualpipe_ext.triton_kernels.compat import is_checked  # noqa: E402
+from dualpipe_ext.triton_kernels.launch import cache_launches  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not triton.__version__.startswith(VERSIONS), reason="launches go Triton's way"
+    not is_checked(triton.__version__), reason="launches go Triton's way"
 )
+A_FUNCTION_A_KERNEL = hasattr(nvidia, "make_launcher")  # 3.6
 
 
 NEGATE = tl.constexpr(False)
@@ -71,8 +75,19 @@ class Utils:
     def load_binary(self, name, binary, *arguments):
         return 1, hash((name, binary)), 32, 0, 1024
 
+    def __init__(self, launches: list):
+        self.launches = launches
+
+    def launch(self, *arguments):
+        self.launches.append(Call.of(arguments))
+
+    def build_signature_metadata(self, kinds):
+        return bytes(len(kinds))
+
     def fill_tma_descriptor(self, address, *facts):
         return address, *(tuple(x) if isinstance(x, (list, tuple)) else x for x in facts)
+
+    fill_tma_descriptor_tiled = fill_tma_descriptor
 
     def get_device_properties(self, device):
         return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536,
@@ -85,13 +100,14 @@ class Utils:
 class Driver:
     """One device of compute capability 9.0; every launch is noted."""
 
-    utils, binary_ext, launcher_cls = Utils(), "cubin", nvidia.CudaLauncher
+    binary_ext, launcher_cls = "cubin", nvidia.CudaLauncher
 
     def __init__(self):
         self.launches, self.stream, self.device = [], 7, 0
+        self.utils = Utils(self.launches)
 
     def compile(self, **source):
-        return SimpleNamespace(launch=lambda *arguments: self.launches.append(arguments))
+        return SimpleNamespace(launch=self.utils.launch)
 
     def get_current_device(self):
         return self.device
@@ -109,16 +125,40 @@ class Driver:
 @pytest.fixture
 def fake(monkeypatch):
     found = Driver()
-    monkeypatch.setattr(nvidia, "compile_module_from_src", found.compile)
-    monkeypatch.setattr(nvidia, "library_dirs", list)
+    if A_FUNCTION_A_KERNEL:
+        monkeypatch.setattr(nvidia, "compile_module_from_src", found.compile)
+        monkeypatch.setattr(nvidia, "library_dirs", list)
+    else:  # what comes with the C function
+        monkeypatch.setattr(nvidia, "PyKernelArg", SimpleNamespace)
+        for name in ("CONSTEXPR", "KERNEL", "TUPLE"):
+            monkeypatch.setattr(nvidia, f"ARG_{name}", name)
     before = driver._active
     driver.set_active(found)
     yield found
+    gc.collect()  # kernels unload from the driver that loaded them
     driver.set_active(before)
 
 
-# Arguments of the C function: grid, stream, function, cooperative, PDL, two scratch buffers, and
-METADATA, LAUNCH_METADATA, HOOKS, FIRST = 9, 10, 11, 13
+class Call(
+    namedtuple("Call", "grid stream function flags metadata launch_metadata hooks scratch values")
+):
+    """Arguments of the C function; flags are cooperative and PDL, scratch two buffers."""
+
+    @classmethod
+    def of(cls, arguments):
+        x, y, z, stream, function, *flags = arguments[:7]
+        if A_FUNCTION_A_KERNEL:
+            *scratch, metadata, launch_metadata, enter, leave = arguments[7:13]
+            values = arguments[13:]
+        else:
+            metadata, launch_metadata, enter, leave, *scratch = arguments[7:13]
+            annotations, signature, given = arguments[13:]
+            pairs = zip(annotations, given, strict=False)
+            values = [value for note, value in pairs if note.type != "CONSTEXPR"]
+            assert len(values) == len(signature)
+        hooks, values = (enter, leave), tuple(map(address_of, values))
+        grid, flags, scratch = (x, y, z), tuple(flags), tuple(scratch)
+        return cls(grid, stream, function, flags, metadata, launch_metadata, hooks, scratch, values)
 
 
 def address_of(x):
@@ -132,9 +172,8 @@ def launches_twice(fake, plain, cached, grid, *arguments, **constants):
     del fake.launches[:]
     for kernel in (plain, cached):
         kernel[grid](*arguments, **constants)
-    expected, given = ([address_of(x) for x in found] for found in fake.launches)
-    assert expected[0:LAUNCH_METADATA] == given[0:LAUNCH_METADATA]
-    assert expected[FIRST:] == given[FIRST:]
+    expected, given = (call._replace(launch_metadata=None, hooks=None) for call in fake.launches)
+    assert expected == given
     return len(cached.run._found) == before
 
 
@@ -249,15 +288,15 @@ def test_launch_hooks_get_what_triton_gives_them(fake, name):
     first = (torch.zeros(64), None, 2.0, 17, 5)
     kernel[(1,)](*first, SIZE=32, ADD=True)
     hooks = getattr(triton.knobs.runtime, name)
-    place = HOOKS + ["launch_enter_hook", "launch_exit_hook"].index(name)
+    place = ["launch_enter_hook", "launch_exit_hook"].index(name)
     hooks.add(hook := lambda facts: None)
     try:
         kernel[(1,)](*first, SIZE=32, ADD=True)
     finally:
         hooks.remove(hook)
-    assert fake.launches[-1][place] is hooks
+    assert fake.launches[-1].hooks[place] is hooks
     kernel[(1,)](*first, SIZE=32, ADD=True)
-    assert fake.launches[-1][place] is None
+    assert fake.launches[-1].hooks[place] is None
 
 
 def test_hooks_that_are_no_chains(fake, monkeypatch):
@@ -267,7 +306,7 @@ def test_hooks_that_are_no_chains(fake, monkeypatch):
         monkeypatch.setattr(triton.knobs.runtime, "launch_exit_hook", hook)
         for _ in range(2):
             kernel[(1,)](*first, SIZE=32, ADD=True)
-        assert fake.launches[-1][HOOKS + 1] is hook
+        assert fake.launches[-1].hooks[1] is hook
 
 
 def test_a_warm_up_and_a_hook_of_the_kernel(fake):
@@ -295,10 +334,10 @@ def test_in_pairs(fake):
     x = torch.zeros(64)
     for grid in ((6,), (6,), (7,), (6, 1)):
         kernel[grid](x, x, 2.0, 17, 5, SIZE=32, ADD=True)
-    warps, _, shared = fake.launches[0][METADATA]
-    launched = [(given[:3], given[METADATA][1]) for given in fake.launches]
+    warps, _, shared = fake.launches[0].metadata
+    launched = [(call.grid, call.metadata[1]) for call in fake.launches]
     assert launched == [((6, 1, 1), 1), ((3, 1, 1), 2), ((7, 1, 1), 1), ((6, 1, 1), 1)]
-    assert all(given[METADATA][::2] == (warps, shared) for given in fake.launches)
+    assert all(call.metadata[::2] == (warps, shared) for call in fake.launches)
 
 
 def test_a_kernel_that_wants_scratch_memory_gets_it(fake):
@@ -317,4 +356,4 @@ def test_a_kernel_that_wants_scratch_memory_gets_it(fake):
         assert launches_twice(fake, *pair, (3,), *boxes, SIZE=1)
     finally:
         triton.set_allocator(NullAllocator())
-    assert sizes == [(3 * 64, 16, 7)] * 4 and fake.launches[-1][METADATA - 2] == 4096
+    assert sizes == [(3 * 64, 16, 7)] * 4 and fake.launches[-1].scratch == (4096, None)

@@ -44,6 +44,7 @@ from .attention_tiles import (
     sequence_span,
 )
 from .boxes import describe
+from .compat import async_load, async_store, barrier, reinterpret
 from .launch import cache_launches
 
 # Integers that the loading warp tells the others of a tile; the first is 0 after the last tile.
@@ -149,7 +150,7 @@ def load_steps(
                 0, VARLEN, REST,
             )  # fmt: skip
             place = box(b, h, k_start, k_rows, block * ROWS, 0, VARLEN)
-            tma.async_copy_global_to_shared(v_desc, place, full, v_smem.index(0))
+            async_load(v_desc, place, full, v_smem.index(0))
             tile_count += 1
             for head in range(h * share, (h + 1) * share):
                 for m in range(start, end):
@@ -163,12 +164,12 @@ def load_steps(
                         slot, VARLEN, REST,
                     )  # fmt: skip
                     at = [scratch + row]
-                    tma.async_copy_global_to_shared(lse_desc, at, full, lse_smem.index(slot))
+                    async_load(lse_desc, at, full, lse_smem.index(slot))
                     full = do_full.index(slot)
                     mbarrier.expect(full, do_bytes)
                     place = box(b, head, q_start, q_rows, row, 0, VARLEN)
-                    tma.async_copy_global_to_shared(do_desc, place, full, do_smem.index(slot))
-                    tma.async_copy_global_to_shared(delta_desc, at, full, delta_smem.index(slot))
+                    async_load(do_desc, place, full, do_smem.index(slot))
+                    async_load(delta_desc, at, full, delta_smem.index(slot))
                     count += 1
                 scratch += padded
         tile = next_tile(drawn_from, num_tiles)
@@ -185,13 +186,13 @@ def store_gradient(desc, place, value, staging, W: gl.constexpr):
     buffers: gl.constexpr = 4 * staging.shape[1] * staging.shape[2] // (64 * columns)
     shape: gl.constexpr = [buffers] + desc.block_type.shape  # noqa: RUF005 (no stars in Triton)
     tma.store_wait(0)
-    gl.thread_barrier()
-    buffer = staging._reinterpret(desc.dtype, shape, desc.layout)
+    barrier()
+    buffer = reinterpret(staging, desc.dtype, shape, desc.layout)
     slot: gl.constexpr = W * buffers // 2
     matrix(buffer, slot).store(value.to(desc.dtype))
     fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(desc, place, buffer.index(slot))
+    barrier()
+    async_store(desc, place, buffer.index(slot))
 
 
 @gluon.jit

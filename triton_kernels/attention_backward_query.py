@@ -41,6 +41,7 @@ from .attention_tiles import (
     send,
     sequence_span,
 )
+from .compat import async_load, async_store, barrier
 from .launch import cache_launches
 
 # Integers that the loading warp tells the others of a tile; the first is 0 after the last tile.
@@ -121,7 +122,7 @@ def load_tiles(
                     VARLEN, REST,
                 )  # fmt: skip
                 place = box(b, h, q_start, q_rows, row, 0, VARLEN)
-                tma.async_copy_global_to_shared(do_desc, place, full, do_smem.index(w))
+                async_load(do_desc, place, full, do_smem.index(w))
             tile_count += 1
             for i in range(end):
                 row = (end - 1 - i) * BLOCK
@@ -138,7 +139,7 @@ def load_tiles(
                 full = v_full.index(slot)
                 mbarrier.expect(full, v_desc.block_type.nbytes)
                 place = box(b, h // share, k_start, k_rows, row, 0, VARLEN)
-                tma.async_copy_global_to_shared(v_desc, place, full, v_smem.index(slot))
+                async_load(v_desc, place, full, v_smem.index(slot))
                 count += 1
         tile = next_tile(drawn_from, num_tiles)
     mbarrier.wait(q_empty.index(0), (tile_count & 1) ^ 1)
@@ -269,12 +270,12 @@ def compute_tiles(
         if REST:
             matrix(q_rest_smem, W).store((dq_rest * (scale * LN_2)).to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         place = box(b, h, q_start, q_rows, row, 0, VARLEN)
-        tma.async_copy_shared_to_global(dq_desc, place, q_smem.index(W))
+        async_store(dq_desc, place, q_smem.index(W))
         if REST:
             place = box(b, h, q_start, q_rows, row, D, VARLEN)
-            tma.async_copy_shared_to_global(dq_rest_desc, place, q_rest_smem.index(W))
+            async_store(dq_rest_desc, place, q_rest_smem.index(W))
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(0))
         tile_count += 1

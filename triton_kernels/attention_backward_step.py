@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .attention_tiles import matrix
-from .tma_reduce import async_reduce_add
+from .compat import async_reduce_add, barrier
 
 
 @gluon.jit
@@ -111,10 +111,10 @@ def add_step(
         dq = warpgroup_mma_wait(0, (dq,))
         mbarrier.arrive(ds_empty.index(stage))
         tma.store_wait(0)
-        gl.thread_barrier()
+        barrier()
         staging.index(W).store(dq)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         async_reduce_add(dq_desc, [dq_row + m * BLOCK, W * half], staging.index(W))
     else:
         ds_operand, p_operand, dk, dv = warpgroup_mma_wait(0, (ds_operand, p_operand, dk, dv))

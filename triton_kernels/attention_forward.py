@@ -41,6 +41,7 @@ from .attention_tiles import (
     send,
     sequence_span,
 )
+from .compat import async_load, async_store, barrier
 from .launch import cache_launches
 
 # Integers that the loading warp tells the others of a tile; the first is 0 after the last tile.
@@ -148,7 +149,7 @@ def load_tiles(
                     full = v_full.index(slot)
                     mbarrier.expect(full, v_bytes)
                     place = box(b, h // share, k_start, k_rows, row, 0, VARLEN)
-                    tma.async_copy_global_to_shared(v_desc, place, full, v_smem.index(slot))
+                    async_load(v_desc, place, full, v_smem.index(slot))
                     v_count += 1
         tile = next_tile(drawn_from, num_tiles)
     # Both warpgroups read the end off the last slot.
@@ -326,9 +327,9 @@ def compute_tiles(
         # Through this warpgroup's own queries, which nobody reads any more.
         q.store(out.to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         place = box(b, h, q_start, q_rows, row, 0, VARLEN)
-        tma.async_copy_shared_to_global(out_desc, place, q_smem.index(2 * q_slot + W))
+        async_store(out_desc, place, q_smem.index(2 * q_slot + W))
         tma.store_wait(0)
         mbarrier.arrive(q_empty.index(q_slot))
 

@@ -13,12 +13,12 @@ from functools import lru_cache
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .arithmetic import ceil_div
 from .boxes import describe
 from .claims import program_limit, tile_counter
+from .compat import GluonDescriptor, async_load
 
 ROWS = 128  # rows of a tile: 64 for each of the two warpgroups
 LOG2_E = 1.4426950408889634
@@ -158,11 +158,11 @@ def load_split(
     """Loads rows of a span (sequence, head, first row, rows) with both descriptors."""
     sequence, head, start, length = span
     place = box(sequence, head, start, length, row, 0, VARLEN)
-    tma.async_copy_global_to_shared(desc, place, full, smem.index(slot))
+    async_load(desc, place, full, smem.index(slot))
     if REST:
         first: gl.constexpr = desc.block_type.shape[-1]
         place = box(sequence, head, start, length, row, first, VARLEN)
-        tma.async_copy_global_to_shared(rest_desc, place, full, rest.index(slot))
+        async_load(rest_desc, place, full, rest.index(slot))
 
 
 @gluon.jit
@@ -212,7 +212,7 @@ def scratch_row(sequence, head, num_heads, start, padded, VARLEN: gl.constexpr):
     return row
 
 
-def describe_rows(x: torch.Tensor, rows: int, columns: int, varlen: bool) -> TensorDescriptor:
+def describe_rows(x: torch.Tensor, rows: int, columns: int, varlen: bool) -> GluonDescriptor:
     """TMA descriptor of x [B, N, S, D], any strides but the last, for boxes of rows × columns.
 
     A packed x is [1, N, T, D].
@@ -240,7 +240,7 @@ def _lay_boxes(
 
 def describe_split(
     x: torch.Tensor, rows: int, varlen: bool
-) -> tuple[TensorDescriptor, TensorDescriptor]:
+) -> tuple[GluonDescriptor, GluonDescriptor]:
     """Descriptors of the first 128 columns, and of those beyond, or the same again: the columns of
     a tensor in Triton are a power of two."""
     width = x.shape[-1]

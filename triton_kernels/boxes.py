@@ -5,7 +5,8 @@ from functools import cache, lru_cache
 
 import torch
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .compat import GluonDescriptor
 
 __all__ = ["describe", "shared_layout"]
 
@@ -15,7 +16,7 @@ def describe(
     block: Sequence[int],
     shape: Sequence[int] | None = None,
     strides: Sequence[int] | None = None,
-) -> TensorDescriptor:
+) -> GluonDescriptor:
     """Of boxes `block` of x, or of `shape` with `strides` in elements from where x starts."""
     if x.data_ptr() % 16:
         raise ValueError(
@@ -24,7 +25,7 @@ def describe(
         )
     shape = x.shape if shape is None else tuple(shape)
     strides = x.stride() if strides is None else tuple(strides)
-    found = TensorDescriptor.__new__(TensorDescriptor)
+    found = GluonDescriptor.__new__(GluonDescriptor)
     found.__dict__.update(_checked(x.dtype, shape, strides, tuple(block)), base=x)
     return found
 
@@ -37,7 +38,7 @@ def _checked(dtype: torch.dtype, shape: tuple, strides: tuple, block: tuple) -> 
         outer = zip(shape[:-1], strides[:-1], strict=True)
         strides = (*(step if n == 1 and s % step else s for n, s in outer), strides[-1])
     base = torch.empty(0, dtype=dtype)
-    return vars(TensorDescriptor(base, list(shape), list(strides), list(block), layout))
+    return vars(GluonDescriptor(base, list(shape), list(strides), list(block), layout))
 
 
 def shared_layout(block: Sequence[int], dtype: torch.dtype) -> gl.NVMMASharedLayout:

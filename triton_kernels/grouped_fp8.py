@@ -38,6 +38,7 @@ from .attention_tiles import (
     send,
 )
 from .boxes import describe
+from .compat import async_load, async_store, barrier
 from .launch import cache_launches
 
 __all__ = ["BACKWARD", "FORWARD", "Fp8Config", "grouped_fp8_gemm"]
@@ -130,14 +131,10 @@ def load_tiles(
             for i in gl.static_range(2):
                 row = m + i * 64
                 place = 2 * stage + i
-                tma.async_copy_global_to_shared(
-                    rows_desc, [row, k * BLOCK], bar, rows_smem.index(place)
-                )
-                tma.async_copy_global_to_shared(
-                    scale_desc, [k * scale_row + row], bar, scale_smem.index(place)
-                )
+                async_load(rows_desc, [row, k * BLOCK], bar, rows_smem.index(place))
+                async_load(scale_desc, [k * scale_row + row], bar, scale_smem.index(place))
                 # The expert is a dimension of its own: beyond N and K come zeros.
-                tma.async_copy_global_to_shared(
+                async_load(
                     weight_desc,
                     [expert, (2 * n_tile + i) * BLOCK, k * BLOCK],
                     bar,
@@ -175,11 +172,11 @@ def add_scaled(acc, partial, scale):
 def store_half(acc, out_desc, out_smem, row, column):
     """Rounds [64, 128] and starts its way out, once the one before it has left the buffer."""
     tma.store_wait(0)
-    gl.thread_barrier()
+    barrier()
     out_smem.store(acc.to(out_desc.dtype))
     fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(out_desc, [row, column], out_smem)
+    barrier()
+    async_store(out_desc, [row, column], out_smem)
 
 
 @gluon.jit

@@ -3,9 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arithmetic import ceil_div
+from .compat import TensorDescriptor
 from .launch import cache_launches
 from .tiles import (
     BLOCK_M,

@@ -29,12 +29,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arithmetic import ceil_div
 from .attention_tiles import allocate, allocate_barriers, allocate_integers, send
 from .boxes import describe
 from .claims import program_limit, tile_counter
+from .compat import GluonDescriptor, async_load, async_store, barrier
 from .launch import cache_launches
 from .tiles_hopper import (
     DRAW_AHEAD,
@@ -137,14 +137,12 @@ def load_tiles(
             mbarrier.expect(ready, stage_bytes)
             for w in gl.static_range(2):
                 place = [m + w * (ROWS // 2), k * DEPTH]
-                tma.async_copy_global_to_shared(
-                    rows_desc, place, ready, rows_smem.index(2 * slot + w)
-                )
+                async_load(rows_desc, place, ready, rows_smem.index(2 * slot + w))
             # The expert is a dimension of its own: a partial N or K tile is filled with zeros and
             # never reads the next expert.
             matrix = expert * MATRICES
             place = [matrix, n, k * DEPTH] if WEIGHT_IS_NK else [matrix, k * DEPTH, n]
-            tma.async_copy_global_to_shared(weight_desc, place, ready, weight_smem.index(slot))
+            async_load(weight_desc, place, ready, weight_smem.index(slot))
             steps += 1
         if TAKE_OVER:
             tile = gl.sum(drawn, 0)
@@ -213,7 +211,7 @@ def leave_tile(d_smem, acc, d_full, d_empty, count, W: gl.constexpr, BY_TMA: gl.
     leave_chunks(d_smem, W * CHUNKS, acc.to(d_smem.dtype))
     if BY_TMA:
         fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(d_full.index(W))
 
 
@@ -254,13 +252,13 @@ def store_tiles(out_desc, d_smem, facts_smem, barriers):
         slot = count % FACT_SLOTS
         m = receive(facts_smem, slot, 1, FACTS, 1)
         n = receive(facts_smem, slot, 2, FACTS, 1) * (CHUNK * CHUNKS)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(facts_empty.index(slot))
         for w in gl.static_range(2):
             mbarrier.wait(d_full.index(w), count & 1)
             for c in gl.static_range(CHUNKS):
                 place = [m + w * 64, n + c * CHUNK]
-                tma.async_copy_shared_to_global(out_desc, place, d_smem.index(w * CHUNKS + c))
+                async_store(out_desc, place, d_smem.index(w * CHUNKS + c))
             tma.store_wait(0)
             mbarrier.arrive(d_empty.index(w))
         count += 1
@@ -333,7 +331,7 @@ def grouped_gemm_hopper_kernel(
 
 def describe_operands(
     rows: torch.Tensor, weight: torch.Tensor, weight_is_nk: bool, block_k: int
-) -> tuple[TensorDescriptor, TensorDescriptor]:
+) -> tuple[GluonDescriptor, GluonDescriptor]:
     """Boxes of a stage: a warpgroup's rows [64, block_k], and a tile's weights."""
     box = [1, BLOCK_N, block_k] if weight_is_nk else [1, block_k, BLOCK_N]
     return describe(rows, [BLOCK_M // 2, block_k]), describe(weight, box)

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from .arithmetic import ceil_div
 from .boxes import describe
 from .claims import program_limit, tile_counter
+from .compat import async_store, barrier, reinterpret
 from .grouped_hopper import (
     BLOCK_M,
     BLOCK_N,
@@ -78,7 +79,7 @@ def finish_activation(
     I = sizes[0] * 8  # noqa: E741 (so the compiler knows that 16 bytes never cross the end)
     n = n_tile * (CHUNK * PAIRS)
     # Strips of the chunks' rows: the same bytes.
-    strips = d_smem._reinterpret(d_smem.dtype, [STRIPS * CHUNKS, STRIP, CHUNK], d_smem.layout)
+    strips = reinterpret(d_smem, d_smem.dtype, [STRIPS * CHUNKS, STRIP, CHUNK], d_smem.layout)
     rows = gl.arange(0, STRIP, gl.SliceLayout(1, layout))
     columns = gl.arange(0, CHUNK, gl.SliceLayout(0, layout))
     act = act_ptr + (gl.cast(m, gl.int64) * I + n)
@@ -90,8 +91,8 @@ def finish_activation(
                 here = [m + w * 64, n + c * CHUNK]
                 gate_chunk = d_smem.index(w * CHUNKS + c)
                 up_chunk = d_smem.index(w * CHUNKS + PAIRS + c)
-                tma.async_copy_shared_to_global(gate_desc, here, gate_chunk)
-                tma.async_copy_shared_to_global(up_desc, here, up_chunk)
+                async_store(gate_desc, here, gate_chunk)
+                async_store(up_desc, here, up_chunk)
         for inside in range(HALF):
             block = w * HALF + inside
             weight_1 = gl.load(row_weight_ptr + m + min(block + 1, STRIPS - 1) * STRIP + rows)
@@ -106,7 +107,7 @@ def finish_activation(
             weight = weight_1
         if SAVE:
             tma.store_wait(0)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(d_empty.index(w))
 
 
@@ -165,7 +166,7 @@ def finish_gradient(tensors, sizes, place, d_smem, barriers, first, last, WARPS:
     _full, _empty, _facts_full, _facts_empty, d_full, d_empty = barriers
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     I = eighth * 8  # noqa: E741
-    strips = d_smem._reinterpret(d_smem.dtype, [STRIPS * CHUNKS, STRIP, CHUNK], d_smem.layout)
+    strips = reinterpret(d_smem, d_smem.dtype, [STRIPS * CHUNKS, STRIP, CHUNK], d_smem.layout)
     rows = gl.arange(0, STRIP, gl.SliceLayout(1, layout))
     columns = gl.arange(0, CHUNK, gl.SliceLayout(0, layout))
     end = m + last * (HALF * STRIP)
@@ -209,7 +210,7 @@ def finish_gradient(tensors, sizes, place, d_smem, barriers, first, last, WARPS:
             row += STRIP
             places = places_1
             weight = weight_1
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(d_empty.index(w))
         add_parts(sums_ptr, row - HALF * STRIP, R, num_n, WARPS)
 
@@ -259,7 +260,7 @@ def finish_tiles(
         slot = count % FACT_SLOTS
         m = receive(facts_smem, slot, 1, FACTS, WARPS)
         n_tile = receive(facts_smem, slot, 2, FACTS, WARPS)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(facts_empty.index(slot))
         if BACKWARD:
             prefetch_gate_up(tensors[0], m, n_tile * (CHUNK * CHUNKS), sizes[0] * 8)

@@ -10,9 +10,9 @@ backward  d = dout @ w2[expert]  (the gradient of act);  per row, p = silu(gate)
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arithmetic import ceil_div
+from .compat import TensorDescriptor
 from .launch import cache_launches
 from .tiles import (
     BLOCK_M,

@@ -6,9 +6,9 @@ On a Hopper GPU dw in bf16 and fp32 is `grouped_wgrad_hopper`'s; the kernel here
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arithmetic import ceil_div
+from .compat import TensorDescriptor
 from .launch import cache_launches
 from .tiles import BLOCK_M, WGRAD, WGRAD_ACCUMULATE, TileConfig, is_hopper, split_columns
 

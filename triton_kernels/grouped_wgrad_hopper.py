@@ -30,6 +30,7 @@ from .arithmetic import ceil_div
 from .attention_tiles import allocate, allocate_barriers, allocate_integers, matrix, send
 from .boxes import describe
 from .claims import program_limit, tile_counter
+from .compat import async_load, async_reduce_add, async_store, barrier
 from .launch import cache_launches
 from .tiles_hopper import (
     DRAW_AHEAD,
@@ -40,7 +41,6 @@ from .tiles_hopper import (
     receive,
     split_columns,
 )
-from .tma_reduce import async_reduce_add
 
 WIDE = gl.constexpr(256)  # columns of a warpgroup's results: 128 registers a thread
 GROUP = gl.constexpr(8)  # tiles along the wide side that share the narrow operand in L2
@@ -153,10 +153,10 @@ def load_operands(
                 mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
                 here = full.index(slot)
                 mbarrier.expect(here, stage_bytes)
-                tma.async_copy_global_to_shared(b_desc, [row, b], here, b_smem.index(slot))
+                async_load(b_desc, [row, b], here, b_smem.index(slot))
                 for w in gl.static_range(2):
                     buffer = a_smem.index(2 * slot + w)
-                    tma.async_copy_global_to_shared(a_desc, [row, a + w * NARROW], here, buffer)
+                    async_load(a_desc, [row, a + w * NARROW], here, buffer)
                 row += BLOCK_K
                 step += 1
     slot = count % FACT_SLOTS
@@ -187,7 +187,7 @@ def leave_strips(acc, strips, full, empty, count, FIRST: gl.constexpr, W: gl.con
         mbarrier.wait(empty.index(slot), (count * turns + turn & 1) ^ 1)
         buffer.store(gl.convert_layout(acc, layout, assert_trivial=True).to(strips.dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(full.index(slot))
 
 
@@ -281,7 +281,7 @@ def carry_strips(
                 if ACCUMULATE:
                     async_reduce_add(dw_desc, place, strips.index(W * BUFFERS + b))
                 else:
-                    tma.async_copy_shared_to_global(dw_desc, place, strips.index(W * BUFFERS + b))
+                    async_store(dw_desc, place, strips.index(W * BUFFERS + b))
             for b in gl.static_range(BUFFERS):
                 tma.store_wait(BUFFERS - 1 - b)
                 mbarrier.arrive(empty.index(W * BUFFERS + b))

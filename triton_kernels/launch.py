@@ -11,22 +11,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import triton
-from triton import knobs
-from triton.backends.nvidia.driver import CudaLauncher, make_tensordesc_arg
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-try:
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-except ImportError:  # before Triton 3.6
-    GluonDescriptor = TensorDescriptor
+from .compat import (
+    GluonDescriptor,
+    JITFunction,
+    TensorDescriptor,
+    device_and_stream,
+    direct_launch,
+    encode_descriptor,
+    has_launch_hooks,
+)
 
 __all__ = ["cache_launches"]
 
-VERSIONS = ("3.6.",)  # of Triton, whose compiled kernels are called as below
-DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
 EMPTY = inspect.Parameter.empty
 ONES = {1: (1, 1), 2: (1,), 3: ()}
 INT32, INT64 = range(-(2**31), 2**31), range(-(2**63), 2**63)
@@ -47,7 +44,7 @@ def cache_launches(kernel=None, *, in_pairs=False):
     """
     if kernel is None:
         return functools.partial(cache_launches, in_pairs=in_pairs)
-    if isinstance(kernel, JITFunction) and triton.__version__.startswith(VERSIONS):
+    if isinstance(kernel, JITFunction):
         kernel.run = _CachedLaunches(kernel, in_pairs)
     return kernel
 
@@ -62,27 +59,22 @@ class _CachedLaunches:
         self._found: dict[tuple, _Launch] = {}
 
     def __call__(self, *args, grid, warmup, **constants):
-        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        hooks = self._hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
-        active = driver.active
-        device = active.get_current_device()
-        key, values = (None, []) if warmup or hooks else _read(device, args, constants)
+        if warmup or self._hooks or has_launch_hooks():
+            return self._run(*args, grid=grid, warmup=warmup, **constants)
+        device, stream = device_and_stream()
+        key, values = _read(device, args, constants)
         found = self._found.get(key)
         if found is None:
-            compiled = self._run(*args, grid=grid, warmup=warmup, **constants)
+            compiled = self._run(*args, grid=grid, warmup=False, **constants)
             if key is not None and compiled is not None:
                 self._keep(key, compiled, args, constants)
             return compiled
-        for place, facts in found.boxes:
-            values[place : place + 1] = make_tensordesc_arg(values[place], facts)
+        for place, facts in found.descriptors:
+            values[place : place + 1] = encode_descriptor(values[place], *facts)
         metadata = found.metadata
         if self._in_pairs and len(grid) == 1 and grid[0] % 2 == 0:
             grid, metadata = (grid[0] // 2,), found.metadata_in_pairs
-        stream = active.get_current_stream(device)
-        found.launch(
-            *(*grid, *ONES[len(grid)], stream, found.function, *found.options),
-            *(metadata, None, None, None, *values, *found.constants),
-        )
+        found.launch(*grid, *ONES[len(grid)], stream, metadata, values)
         return found.compiled
 
     def _keep(self, key: tuple, compiled, args: tuple, constants: dict) -> None:
@@ -96,34 +88,22 @@ class _CachedLaunches:
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    """A compiled kernel, and what all its launches pass to the C function."""
+    """A compiled kernel, and what all its launches have in common."""
 
     compiled: object
     launch: Callable
-    function: int
-    options: tuple  # cooperative, beside the kernel before it (PDL), two scratch buffers
     metadata: tuple  # warps, CTAs of a cluster, bytes of shared memory
     metadata_in_pairs: tuple
-    boxes: list  # places of descriptors and how TMA encodes them, the last first
-    constants: list
+    descriptors: list  # their places and how TMA encodes them, the last first
     layouts: list  # whose numbers are in the key
 
     @classmethod
     def of(cls, compiled, args: tuple, constants: list) -> "_Launch":
-        run, metadata = compiled.run, compiled.packed_metadata
+        launch, descriptors = direct_launch(compiled, args, constants)
+        metadata = compiled.packed_metadata
         warps, _, shared = metadata
         layouts = [x.layout for x in args if type(x) is GluonDescriptor]
-        rest = metadata, (warps, 2, shared), [], constants, layouts
-        if type(run) is not CudaLauncher or run.global_scratch_size or run.profile_scratch_size:
-            return cls(compiled, run, compiled.function, (), *rest)
-        launch, boxes = run.launch, rest[2]
-        places = [i for i, x in enumerate(args) if isinstance(x, DESCRIPTORS)]
-        if places:  # a Python function around the C function takes them to pieces
-            inside = inspect.getclosurevars(launch).nonlocals
-            launch = inside["launcher"]
-            boxes += reversed([*zip(places, inside["tensordesc_meta"], strict=True)])
-        options = run.launch_cooperative_grid, run.launch_pdl, None, None
-        return cls(compiled, launch, compiled.function, options, *rest)
+        return cls(compiled, launch, metadata, (warps, 2, shared), descriptors, layouts)
 
 
 def _read(device: int, args: tuple, constants: dict) -> tuple[tuple | None, list]:

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arithmetic import ceil_div, power_of_two
+from .compat import TensorDescriptor
 from .launch import cache_launches
 from .router_tiles import BLOCK_E, block_of, columns_of, even_splits
 

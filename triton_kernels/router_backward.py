@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arithmetic import ceil_div, power_of_two
+from .compat import TensorDescriptor
 from .launch import cache_launches
 from .router import PARTS, split_parts
 from .router_tiles import BLOCK_E, even_splits

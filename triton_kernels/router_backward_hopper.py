@@ -40,6 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .arithmetic import ceil_div, power_of_two
 from .attention_tiles import allocate, allocate_barriers
 from .boxes import describe
+from .compat import async_load, async_store, barrier
 from .launch import cache_launches
 from .router_tiles import counters, even_grid, even_splits
 
@@ -90,7 +91,7 @@ def load_tile(desc, place, smem, full, empty, count, STAGES: gl.constexpr):
     slot = count % STAGES
     mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
     mbarrier.expect(full.index(slot), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, place, full.index(slot), smem.index(slot))
+    async_load(desc, place, full.index(slot), smem.index(slot))
 
 
 @gluon.jit
@@ -145,11 +146,11 @@ def finish_dx(
     mbarrier.arrive(d_empty.index(count % D_STAGES))
     buffer = dx_smem.index(count % DX_STAGES)
     tma.store_wait(DX_STAGES - 1)
-    gl.thread_barrier()
+    barrier()
     buffer.store(dx.to(dx_smem.dtype))
     fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(dx_desc, place, buffer)
+    barrier()
+    async_store(dx_desc, place, buffer)
 
 
 @gluon.jit
@@ -271,7 +272,7 @@ def multiply_d_weight(
 
     if splits > 1:
         # Told only now, so that an item's sums need not have arrived before the next one begins.
-        gl.thread_barrier()  # every thread's sums are written before one of them says so
+        barrier()  # every thread's sums are written before one of them says so
         for item in range(gl.program_id(0), items, gl.num_programs(0)):
             strip = item % strips
             arrived_ptr = state_ptr + strip * 2 + W

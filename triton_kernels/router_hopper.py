@@ -31,7 +31,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -39,6 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .arithmetic import ceil_div
 from .attention_tiles import allocate, allocate_barriers
 from .boxes import describe
+from .compat import async_load
 from .launch import cache_launches
 from .router_tiles import (
     BLOCK_E,
@@ -225,7 +225,7 @@ def load_stages(
             mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
             mbarrier.expect(full.index(slot), desc.block_type.nbytes)
             place = [row, step * DEPTH]
-            tma.async_copy_global_to_shared(desc, place, full.index(slot), smem.index(slot))
+            async_load(desc, place, full.index(slot), smem.index(slot))
             count += 1
 
 
