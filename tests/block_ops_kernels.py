@@ -1,126 +1,15 @@
-"""Every kernel of the rest of a block as launches, and what they compile to for sm_90.
-
-`python -m tests.block_ops_kernels` prints the table that test_block_ops.py holds them to.
-"""
+"""Every kernel of the rest of a block as launches, to compile for sm_90."""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+import importlib
 from unittest import mock
 
 import torch
 
-from tests.test_grouped_mlp import resource_usage
+from tests import ahead_of_time
 
 BF16, FP32 = torch.bfloat16, torch.float32
-
-# Registers a thread, bytes of stack that spills take, bytes of shared memory, Triton 3.6. The five
-# products of two operands of 256 experts leave ptxas no registers for all of their addresses. 128
-# registers are what a launch of four warpgroups has, which share them out anew; a stack there holds
-# numbers of the weight that are read ahead, and addresses of results.
-RESOURCES = {
-    "rms_norm": (58, 0, 98368),
-    "rms_norm, H 128": (40, 0, 49408),
-    "rms_norm, H 16384, fp32": (50, 0, 131200),
-    "rms_norm_backward": (128, 0, 147532),
-    "rms_norm_backward, H 16384, fp32": (64, 0, 128),
-    "add_parts": (40, 0, 4096),
-    "rotary": (42, 0, 0),
-    "rotary, interleaved, 5 heads": (46, 0, 0),
-    "swiglu": (32, 0, 98304),
-    "swiglu, D 40, fp32": (32, 0, 98304),
-    "swiglu_backward": (45, 0, 147456),
-    "swiglu_backward, fp32": (32, 0, 147456),
-    "cross_entropy, in place": (128, 0, 196672),
-    "cross_entropy": (113, 0, 196672),
-    "cross_entropy, in place, V 129280": (128, 0, 64),
-    "cross_entropy, V 129280": (128, 0, 64),
-    "cross_entropy, a row a warp": (128, 0, 64),
-    "cross_entropy_gradient": (32, 0, 49212),
-    "scale_rows": (32, 0, 0),
-    "route": (196, 0, 131128),
-    "route, fp32": (203, 0, 114720),
-    "route, E 128, fp32": (239, 0, 114744),
-    "route, DeepSeek-V3": (251, 0, 147504),
-    "route, E 512, K 32, fp32": (239, 0, 114744),
-    "route, Hopper, E 15": (168, 0, 196792),
-    "route, Hopper, E 64": (168, 0, 196792),
-    "route, Hopper, E 128": (168, 0, 196784),
-    "route, Hopper, E 256": (168, 0, 196784),
-    "route, Hopper, E 64, weight bf16": (168, 0, 205008),
-    "route, Hopper, E 128, weight bf16": (168, 0, 196792),
-    "route, Hopper, E 256, weight bf16": (168, 0, 196792),
-    "split_weight": (34, 0, 0),
-    "pad_weight": (32, 0, 0),
-    "choose": (64, 0, 16384),
-    "choose, E 128": (64, 16, 16384),
-    "choose, DeepSeek-V3": (64, 24, 16384),
-    "d_logits": (112, 0, 0),
-    "d_logits, rounded": (75, 0, 0),
-    "d_logits, rounded, DeepSeek-V3": (113, 0, 0),
-    "route_backward, E 64": (166, 0, 180256),
-    "route_backward, E 128": (168, 0, 213008),
-    "route_backward, E 256": (255, 416, 148480),
-    "route_backward, E 512": (255, 560, 139776),
-    "route_backward, E 64, fp32": (150, 0, 131120),
-    "route_backward, E 256, fp32": (241, 0, 115200),
-    "route_backward, E 512, fp32": (255, 136, 106752),
-    "route_backward, Hopper, E 15": (128, 0, 205288),
-    "route_backward, Hopper, E 64": (128, 0, 205288),
-    "route_backward, Hopper, E 128": (128, 0, 213448),
-    "route_backward, Hopper, E 256": (128, 56, 229800),
-}
-
-TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
-
-
-class AheadOfTime:
-    """Stands in for a kernel: compiles what a launch would, for sm_90."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *arguments, num_warps, num_stages=3, launch_pdl=False, **constants):
-        from triton import compile
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-        from triton.experimental.gluon._runtime import GluonASTSource
-
-        parameters = self.kernel.params
-        constants |= {p.name: p.default for p in parameters if p.has_default}
-        signature, attributes = dict.fromkeys(self.kernel.arg_names, "constexpr"), {}
-        for i, (parameter, value) in enumerate(zip(parameters, arguments, strict=False)):
-            name = parameter.name
-            if value is None:
-                constants[name] = None
-            elif hasattr(value, "block_shape"):
-                layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
-                kind = TYPES[value.base.dtype]
-                signature[name] = f"tensordesc<{kind}{list(value.block_shape)}{layout}>"
-            elif isinstance(value, torch.Tensor):
-                signature[name] = "*" + TYPES[value.dtype]
-                if not parameter.do_not_specialize_on_alignment:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                assert parameter.do_not_specialize, f"{name} would compile every value"
-                signature[name] = "i32"
-        source = GluonASTSource if self.kernel.is_gluon() else ASTSource
-        source = source(self.kernel, signature, constants, attributes)
-        target = GPUTarget("cuda", 90, 32)
-        options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}
-        self.compiled = compile(source, target=target, options=options)
 
 
 def _norm(H=7168, residual=True, dtype=BF16):
@@ -334,39 +223,8 @@ LAUNCHES |= {
 }
 
 
-class Ignored:
-    """Stands in for the other kernels of a module."""
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **constants: None
-
-
 def compile_launch(name: str, monkeypatch):
     """The compiled kernel of a launch in LAUNCHES."""
-    import importlib
-
     module, kernel, launch, options = LAUNCHES[name]
     module = importlib.import_module(f"dualpipe_ext.triton_kernels.{module}")
-    ahead = AheadOfTime(getattr(module, kernel))
-    for other in [other for other in vars(module) if other.endswith("_kernel")]:
-        monkeypatch.setattr(module, other, Ignored())
-    monkeypatch.setattr(module, kernel, ahead)
-    launch(**options)
-    return ahead.compiled
-
-
-def main() -> None:
-    import pytest
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name in LAUNCHES:
-            with pytest.MonkeyPatch.context() as monkeypatch:
-                compiled = compile_launch(name, monkeypatch)
-            usage = resource_usage(compiled.asm["cubin"], Path(folder))
-            spilled = usage["STACK"] + usage["LOCAL"]
-            numbers = (usage["REG"], spilled, compiled.metadata.shared)
-            print(f'    "{name}": {numbers},', flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return ahead_of_time.compile_kernel(module, kernel, lambda: launch(**options), monkeypatch)

@@ -1,116 +1,19 @@
-"""Every attention kernel as launches, and what they compile to for sm_90.
+"""Every attention kernel as launches, to compile for sm_90.
 
-`python -m tests.flash_attention_kernels` prints the table that test_flash_attention.py holds them
-to.
+168 registers are what a launch of three warpgroups has; they share them out as 240 + 240 + 24 or
+232 + 232 + 40. Where there is a stack, it holds numbers of a tile or of a head of it: 2 or 3 loads
+a head and as many a tile, none in the loops over queries (Triton 3.6).
 """
 
 from __future__ import annotations
 
 import importlib
-import tempfile
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import torch
 
-from tests.test_grouped_mlp import resource_usage
-
-# (registers a thread, bytes of shared memory, of stack a thread) of each launch, Triton 3.6. 168
-# registers are what a launch of three warpgroups has; they share them out as 240 + 240 + 24 or
-# 232 + 232 + 40. Where there is a stack, it holds numbers of a tile or of a head of it: 2 or 3
-# loads a head and as many a tile, none in the loops over queries.
-RESOURCES = {
-    "forward, 64/64, causal": (168, 164392, 0),
-    "forward, 64/64, causal, packed": (168, 164424, 0),
-    "forward, 64/64, full": (168, 164392, 0),
-    "forward, 64/64, full, packed": (168, 164424, 0),
-    "forward, 128/128, causal": (168, 197064, 0),
-    "forward, 128/128, causal, packed": (168, 197096, 0),
-    "forward, 128/128, full": (168, 197064, 0),
-    "forward, 128/128, full, packed": (168, 197096, 0),
-    "forward, 192/128, causal": (168, 213520, 0),
-    "forward, 192/128, causal, packed": (168, 213552, 0),
-    "forward, 192/128, full": (168, 213520, 0),
-    "forward, 192/128, full, packed": (168, 213552, 0),
-    "backward, 64/64, causal": (168, 99936, 0),
-    "backward, 64/64, causal, packed": (168, 99952, 0),
-    "backward, 64/64, full": (168, 99936, 0),
-    "backward, 64/64, full, packed": (168, 99952, 0),
-    "backward, 128/128, causal": (168, 181856, 24),
-    "backward, 128/128, causal, packed": (168, 181872, 16),
-    "backward, 128/128, full": (168, 181856, 32),
-    "backward, 128/128, full, packed": (168, 181872, 16),
-    "backward, 192/128, causal": (168, 156800, 8),
-    "backward, 192/128, causal, packed": (168, 156800, 0),
-    "backward, 192/128, full": (168, 156800, 8),
-    "backward, 192/128, full, packed": (168, 156800, 0),
-    "backward without dq, 64/64, causal": (168, 83456, 0),
-    "backward without dq, 64/64, causal, packed": (168, 83488, 0),
-    "backward without dq, 64/64, full": (168, 83456, 0),
-    "backward without dq, 64/64, full, packed": (168, 83488, 0),
-    "backward without dq, 128/128, causal": (168, 165376, 8),
-    "backward without dq, 128/128, causal, packed": (168, 165408, 8),
-    "backward without dq, 128/128, full": (168, 165376, 0),
-    "backward without dq, 128/128, full, packed": (168, 165408, 0),
-    "dq, 64/64, causal": (168, 98768, 0),
-    "dq, 64/64, causal, packed": (168, 98800, 0),
-    "dq, 64/64, full": (168, 98768, 0),
-    "dq, 64/64, full, packed": (168, 98800, 0),
-    "dq, 128/128, causal": (168, 164368, 0),
-    "dq, 128/128, causal, packed": (168, 164400, 0),
-    "dq, 128/128, full": (168, 164368, 0),
-    "dq, 128/128, full, packed": (168, 164400, 0),
-    "dq, 192/128, causal": (168, 164384, 0),
-    "dq, 192/128, causal, packed": (168, 164416, 0),
-    "dq, 192/128, full": (168, 164384, 0),
-    "dq, 192/128, full, packed": (168, 164416, 0),
-    "prepare, 64/64": (48, 0, 0),
-    "prepare, 64/64, packed": (48, 0, 0),
-    "prepare, 128/128": (48, 0, 0),
-    "prepare, 128/128, packed": (48, 0, 0),
-    "prepare, 192/128": (43, 0, 0),
-    "prepare, 192/128, packed": (40, 0, 0),
-    "finish dq, 128": (78, 0, 0),
-    "clear tail": (24, 0, 0),
-}
-
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
-
-
-class AheadOfTime:
-    """Stands in for a Gluon kernel: compiles what a launch would, for sm_90."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *arguments, num_warps, **constants):
-        from triton import compile
-        from triton.backends.compiler import GPUTarget
-        from triton.experimental.gluon._runtime import GluonASTSource
-
-        signature, attributes = dict.fromkeys(self.kernel.arg_names, "constexpr"), {}
-        parameters = zip(self.kernel.params, arguments, strict=False)
-        for i, (parameter, value) in enumerate(parameters):
-            name = parameter.name
-            if hasattr(value, "block_shape"):
-                kind = TYPES[value.base.dtype]
-                signature[name] = f"tensordesc<{kind}{list(value.block_shape)},{value.layout!r}>"
-            elif isinstance(value, torch.Tensor):
-                signature[name] = "*" + TYPES[value.dtype]
-                if not parameter.do_not_specialize_on_alignment:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                assert parameter.do_not_specialize, f"{name} would compile every value"
-                signature[name] = "i32"
-        source = GluonASTSource(self.kernel, signature, constants, attributes)
-        target = GPUTarget("cuda", 90, 32)
-        self.compiled = compile(source, target=target, options={"num_warps": num_warps})
+from tests import ahead_of_time
 
 
 def launch(kernel: str, D: int, V: int, causal: bool, packed: bool) -> None:
@@ -184,23 +87,6 @@ def compile_launch(name: str, monkeypatch):
     """The compiled kernel of a launch in LAUNCHES."""
     module, kernel = MODULES[LAUNCHES[name][0]]
     module = importlib.import_module(f"dualpipe_ext.triton_kernels.{module}")
-    ahead = AheadOfTime(getattr(module, kernel))
-    monkeypatch.setattr(module, kernel, ahead)
-    launch(*LAUNCHES[name])
-    return ahead.compiled
-
-
-def main() -> None:
-    import pytest
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name in LAUNCHES:
-            with pytest.MonkeyPatch.context() as monkeypatch:
-                compiled = compile_launch(name, monkeypatch)
-            usage = resource_usage(compiled.asm["cubin"], Path(folder))
-            numbers = (usage["REG"], compiled.metadata.shared, usage["STACK"] + usage["LOCAL"])
-            print(f"    {name!r}: {numbers},", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return ahead_of_time.compile_kernel(
+        module, kernel, lambda: launch(*LAUNCHES[name]), monkeypatch
+    )

@@ -1,17 +1,10 @@
-"""The grouped GEMM's Hopper kernels as launches, and what they compile to for sm_90.
-
-`python -m tests.grouped_hopper_kernels` prints the table that test_grouped_hopper.py holds them to.
-"""
-
-import tempfile
-from pathlib import Path
+"""The grouped GEMM's Hopper kernels as launches, to compile for sm_90."""
 
 import torch
 
 from dualpipe_ext.triton_kernels import grouped_hopper, grouped_hopper_swiglu
 from dualpipe_ext.triton_kernels.grouped_hopper import LONG_STEPS, SHORT_STEPS, HopperConfig
-from tests.flash_attention_kernels import AheadOfTime
-from tests.test_grouped_mlp import resource_usage
+from tests import ahead_of_time
 
 # By name: which launch, and how; "take over" for the one that draws its tiles.
 LAUNCHES = {
@@ -27,21 +20,6 @@ LAUNCHES = {
     "drows, take over": ("drows", SHORT_STEPS),
 }
 EXPERTS = 256  # as many as the kernels have to keep first rows of in registers
-
-# (registers a thread, bytes of shared memory) of each, Triton 3.6. 168 registers are what a launch
-# of three warpgroups has.
-RESOURCES = {
-    "gate_up": (168, 213464),
-    "gate_up, take over": (168, 213480),
-    "gate_up, inference": (168, 213448),
-    "d_gate_up": (168, 213508),
-    "d_gate_up, take over": (168, 213480),
-    "down": (168, 213432),
-    "down, take over": (168, 213448),
-    "down, short steps": (168, 213464),
-    "drows": (168, 213464),
-    "drows, take over": (168, 213480),
-}
 
 
 def launch(kernel: str, config: HopperConfig, take_over: bool) -> None:
@@ -76,23 +54,7 @@ def compile_launch(name: str, monkeypatch):
         "inference": (grouped_hopper_swiglu, "gate_up_hopper_kernel"),
         "d_gate_up": (grouped_hopper_swiglu, "swiglu_backward_hopper_kernel"),
     }.get(LAUNCHES[name][0], (grouped_hopper, "grouped_gemm_hopper_kernel"))
-    ahead = AheadOfTime(getattr(module, kernel))
-    monkeypatch.setattr(module, kernel, ahead)
-    launch(*LAUNCHES[name], take_over="take over" in name)
-    return ahead.compiled
-
-
-def main() -> None:
-    import pytest
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name in LAUNCHES:
-            with pytest.MonkeyPatch.context() as monkeypatch:
-                compiled = compile_launch(name, monkeypatch)
-            usage = resource_usage(compiled.asm["cubin"], Path(folder))
-            assert usage["STACK"] == usage["LOCAL"] == 0, (name, usage)
-            print(f'    "{name}": {usage["REG"], compiled.metadata.shared},', flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    take_over = "take over" in name
+    return ahead_of_time.compile_kernel(
+        module, kernel, lambda: launch(*LAUNCHES[name], take_over=take_over), monkeypatch
+    )

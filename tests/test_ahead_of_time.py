@@ -8,39 +8,38 @@ from pathlib import Path
 import pytest
 
 from tests import block_ops_kernels, test_expert_rows, test_grouped_fp8, test_grouped_mlp
+from tests.ahead_of_time import check_resources
 
 TESTS = Path(__file__).resolve().parent
 KERNELS = TESTS.parent / "triton_kernels"
-LIMIT = 227 * 1024  # bytes of shared memory of a thread block, as on sm_90
 
-# Module and kernel: registers a thread, bytes of stack that spills take, bytes of shared memory;
-# Triton 3.6. `python -m tests.test_ahead_of_time` prints it.
-RESOURCES = {
-    "cross_entropy.gradient_kernel": (32, 0, 49212),
-    "cross_entropy.long_row_loss_kernel": (128, 0, 64),
-    "cross_entropy.row_loss_kernel": (107, 0, 196672),
-    "cross_entropy.scale_rows_kernel": (32, 0, 0),
-    "expert_rows.expand_kernel": (46, 0, 0),
-    "expert_rows.sum_at_home_kernel": (32, 0, 0),
-    "expert_rows.sum_per_rank_kernel": (64, 0, 0),
-    "grouped_fp8_swiglu.swiglu_backward_kernel": (64, 0, 49536),
-    "grouped_fp8_swiglu.swiglu_kernel": (50, 0, 66304),
-    "grouped_gemm.grouped_gemm_kernel": (160, 0, 229424),
-    "grouped_swiglu.gate_up_kernel": (203, 0, 213040),
-    "grouped_swiglu.swiglu_backward_kernel": (255, 40, 197680),
-    "grouped_wgrad.grouped_wgrad_kernel": (122, 0, 229424),
-    "norm.add_parts_kernel": (40, 0, 4096),
-    "norm.rms_norm_backward_kernel": (128, 0, 147532),
-    "norm.rms_norm_kernel": (58, 0, 98368),
-    "quantize.quantize_rows_kernel": (64, 0, 1024),
-    "quantize.quantize_weights_kernel": (64, 0, 32768),
-    "rotary.rotary_kernel": (42, 0, 0),
-    "router.route_kernel": (171, 0, 114728),
-    "router_backward.d_logits_kernel": (114, 0, 8192),
-    "router_backward.route_backward_kernel": (255, 96, 229552),
-    "swiglu.swiglu_backward_kernel": (35, 0, 147456),
-    "swiglu.swiglu_kernel": (32, 0, 98304),
-}
+# Module and kernel of every plain Triton kernel.
+COMPILED = (
+    "cross_entropy.gradient_kernel",
+    "cross_entropy.long_row_loss_kernel",
+    "cross_entropy.row_loss_kernel",
+    "cross_entropy.scale_rows_kernel",
+    "expert_rows.expand_kernel",
+    "expert_rows.sum_at_home_kernel",
+    "expert_rows.sum_per_rank_kernel",
+    "grouped_fp8_swiglu.swiglu_backward_kernel",
+    "grouped_fp8_swiglu.swiglu_kernel",
+    "grouped_gemm.grouped_gemm_kernel",
+    "grouped_swiglu.gate_up_kernel",
+    "grouped_swiglu.swiglu_backward_kernel",
+    "grouped_wgrad.grouped_wgrad_kernel",
+    "norm.add_parts_kernel",
+    "norm.rms_norm_backward_kernel",
+    "norm.rms_norm_kernel",
+    "quantize.quantize_rows_kernel",
+    "quantize.quantize_weights_kernel",
+    "rotary.rotary_kernel",
+    "router.route_kernel",
+    "router_backward.d_logits_kernel",
+    "router_backward.route_backward_kernel",
+    "swiglu.swiglu_backward_kernel",
+    "swiglu.swiglu_kernel",
+)
 
 FEW = {"rms_norm_kernel": "rms_norm", "rms_norm_backward_kernel": "rms_norm_backward"}
 FEW |= {"row_loss_kernel": "cross_entropy", "long_row_loss_kernel": "cross_entropy, V 129280"}
@@ -71,60 +70,33 @@ def is_gluon(module: str, name: str) -> bool:
     return getattr(module, name).is_gluon()
 
 
-def compile_kernel(module: str, name: str, monkeypatch):
-    """Through the launches that the tests for sm_90 make."""
+def compile_launch(kernel: str, monkeypatch):
+    """For sm_100, through the launches that the tests for sm_90 make."""
     from triton.backends import compiler
 
+    module, name = kernel.split(".")
     hopper = compiler.GPUTarget
     monkeypatch.setattr(compiler, "GPUTarget", lambda kind, arch, warp: hopper(kind, 100, warp))
     if module == "expert_rows":
-        kernels = importlib.import_module("dualpipe_ext.triton_kernels.expert_rows")
-        ahead = test_expert_rows.AheadOfTime(getattr(kernels, name))
-        monkeypatch.setattr(kernels, name, ahead)
-        test_expert_rows.launch(name.removesuffix("_kernel"))
-        return ahead.compiled
+        case = f"{name.removesuffix('_kernel')}: as in the target"
+        return test_expert_rows.compile_launch(case, monkeypatch)
     if module in ("quantize", "grouped_fp8_swiglu"):
         return test_grouped_fp8.compile_launch(FP8[name], monkeypatch)
     if module.startswith("grouped"):
-        kernels, launch = test_grouped_mlp.launches()[GROUPED[name]]
-        recorder = test_grouped_mlp.Recorder(getattr(kernels, name))
-        monkeypatch.setattr(kernels, name, recorder)
-        launch()
-        return recorder.compile()
+        return test_grouped_mlp.compile_launch(GROUPED[name], monkeypatch)
     return block_ops_kernels.compile_launch(FEW[name], monkeypatch)
-
-
-def measure(module: str, name: str, monkeypatch, folder: Path) -> tuple[int, int, int]:
-    compiled = compile_kernel(module, name, monkeypatch)
-    usage = test_grouped_mlp.resource_usage(compiled.asm["cubin"], folder)
-    return usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared
 
 
 def test_no_kernel_is_without_a_test():
     pytest.importorskip("triton")
     plain = {kernel for kernel in defined() if not is_gluon(*kernel)}
-    assert plain == {tuple(name.split(".")) for name in RESOURCES}
+    assert plain == {tuple(name.split(".")) for name in COMPILED}
     sources = "".join(file.read_text() for file in TESTS.glob("*.py"))
     for _, name in defined() - plain:
         assert f'"{name}"' in sources, f"{name} is compiled nowhere"
 
 
-@pytest.mark.parametrize("kernel", RESOURCES)
-def test_kernel_compiles_for_sm_100(kernel, monkeypatch, tmp_path):
+@pytest.mark.parametrize("kernel", COMPILED)
+def test_kernel_compiles_for_sm_100(kernel, monkeypatch):
     pytest.importorskip("triton")
-    found = measure(*kernel.split("."), monkeypatch, tmp_path)
-    assert all(a <= b for a, b in zip(found, RESOURCES[kernel], strict=True)), found
-    assert found[2] <= LIMIT
-
-
-def main() -> None:
-    import tempfile
-
-    for module, name in sorted(kernel for kernel in defined() if not is_gluon(*kernel)):
-        with pytest.MonkeyPatch.context() as monkeypatch, tempfile.TemporaryDirectory() as folder:
-            found = measure(module, name, monkeypatch, Path(folder))
-        print(f'    "{module}.{name}": {found},', flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    check_resources("sm_100", kernel, compile_launch(kernel, monkeypatch))

@@ -16,8 +16,8 @@ from dualpipe_ext.block_ops import rms_norm, rotary, rotary_, rotary_tables, swi
 from dualpipe_ext.cross_entropy import cross_entropy
 from dualpipe_ext.fused_router import route
 from tests import block_ops_cases as cases
-from tests.block_ops_kernels import LAUNCHES, RESOURCES, compile_launch
-from tests.test_grouped_mlp import resource_usage
+from tests.ahead_of_time import check_resources
+from tests.block_ops_kernels import LAUNCHES, compile_launch
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
@@ -337,14 +337,11 @@ IN_FLIGHT = {
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_kernel_compiles_for_sm_90(name, monkeypatch, tmp_path):
+def test_kernel_compiles_for_sm_90(name, monkeypatch):
     """Into no more registers, spills and shared memory than the table says."""
     pytest.importorskip("triton")
     compiled = compile_launch(name, monkeypatch)
-    usage = resource_usage(compiled.asm["cubin"], tmp_path)
-    found = usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared
-    assert all(a <= b for a, b in zip(found, RESOURCES[name], strict=True)), found
-    assert found[2] <= 227 * 1024
+    check_resources("block_ops", name, compiled)
     ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
     if "Hopper" in name:
         assert "wgmma.mma_async.sync.aligned.m64n" in ptx and "cp.async.bulk.tensor" in ptx

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from dualpipe_ext import RowsOverflowError
 from dualpipe_ext.fp8 import dequantize_rows, quantize_rows
 from dualpipe_ext.reference import ReferenceBackend
 from dualpipe_ext.routing import RoutingLayout
+from tests.ahead_of_time import check_resources, compile_kernel, resources_of
 from tests.exchange_cases import ROUTINGS, Case, expected_plan, relative_error
 from tests.expert_rows_cases import CASES
-from tests.test_grouped_mlp import resource_usage
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -197,46 +198,6 @@ def test_interpreter_equals_the_loops():
     assert child.stdout.splitlines() == [f"ok {name}" for name in CASES]
 
 
-TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.int32: "i32",
-}
-
-
-class AheadOfTime:
-    """Stands in for a kernel: compiles what a launch would, for sm_90."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *arguments, num_warps, **constants):
-        from triton import compile
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        parameters = self.kernel.params
-        constants |= {p.name: p.default for p in parameters if p.has_default}
-        signature, attributes = dict.fromkeys(self.kernel.arg_names, "constexpr"), {}
-        for i, (parameter, value) in enumerate(zip(parameters, arguments, strict=False)):
-            if value is None:
-                constants[parameter.name] = None
-            elif isinstance(value, torch.Tensor):
-                signature[parameter.name] = "*" + TYPES[value.dtype]
-                if not parameter.do_not_specialize_on_alignment:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-            else:
-                assert parameter.do_not_specialize, f"{parameter.name} would compile every value"
-                signature[parameter.name] = "i32"
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        target = GPUTarget("cuda", 90, 32)
-        self.compiled = compile(source, target=target, options={"num_warps": num_warps})
-
-
 def launch(name, dtype=torch.bfloat16, H=7168, K=8, P=4, fp8=False, weighted=True):
     """Calls kernel `name`; only shapes and dtypes of the tensors matter."""
     from dualpipe_ext.triton_kernels import expert_rows as kernels
@@ -286,28 +247,31 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        pytest.param(name, options, id=f"{name}: {case}")
-        for name in ("expand", "sum_per_rank", "sum_at_home")
-        for case, options in LAUNCHES.items()
-    ]
-    + [pytest.param("expand", dict(fp8=True, H=H), id=f"expand: fp8, H {H}") for H in (136, 7168)],
-)
-def test_kernel_compiles_for_sm_90(name, options, monkeypatch, tmp_path):
-    """Nothing spilled, 16 bytes at a time, no barrier that would hold warps together."""
-    pytest.importorskip("triton")
+COMPILED = {
+    f"{name}: {case}": (name, options)
+    for name in ("expand", "sum_per_rank", "sum_at_home")
+    for case, options in LAUNCHES.items()
+} | {f"expand: fp8, H {H}": ("expand", dict(fp8=True, H=H)) for H in (136, 7168)}
+
+
+def compile_launch(case: str, monkeypatch):
     from dualpipe_ext.triton_kernels import expert_rows as kernels
 
-    ahead = AheadOfTime(getattr(kernels, f"{name}_kernel"))
-    monkeypatch.setattr(kernels, f"{name}_kernel", ahead)
-    launch(name, **options)
-    ptx = ahead.compiled.asm["ptx"]
-    usage = resource_usage(ahead.compiled.asm["cubin"], tmp_path)
-    assert usage["STACK"] == 0 and usage["LOCAL"] == 0, usage
-    assert ahead.compiled.metadata.shared == 0 and "bar.sync" not in ptx
-    assert "convert_layout" not in ahead.compiled.asm["ttgir"]
+    name, options = COMPILED[case]
+    call = partial(launch, name, **options)
+    return compile_kernel(kernels, f"{name}_kernel", call, monkeypatch)
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_kernel_compiles_for_sm_90(case, monkeypatch):
+    """Nothing spilled, 16 bytes at a time, no barrier that would hold warps together."""
+    pytest.importorskip("triton")
+    compiled, (name, options) = compile_launch(case, monkeypatch), COMPILED[case]
+    check_resources("expert_rows", case, compiled)
+    _, spilled, shared = resources_of(compiled)
+    ptx = compiled.asm["ptx"]
+    assert spilled == shared == 0 and "bar.sync" not in ptx
+    assert "convert_layout" not in compiled.asm["ttgir"]
     assert "st.global.v4.b32" in ptx
     assert ("ld.global.v2.b32" if options.get("fp8") else "ld.global.v4.b32") in ptx
     wanted = {"sum_per_rank": options.get("K", 8), "sum_at_home": options.get("P", 4)}

@@ -14,6 +14,7 @@ from dualpipe_ext import attention
 from dualpipe_ext import flash_attention as operator
 from dualpipe_ext.attention import GroupedQueryAttention, LatentAttention
 from dualpipe_ext.flash_attention import flash_attention
+from tests.ahead_of_time import check_resources
 from tests.flash_attention_cases import (
     CASES,
     NAMES,
@@ -22,9 +23,8 @@ from tests.flash_attention_cases import (
     relative_error,
     run_kernels,
 )
-from tests.flash_attention_kernels import LAUNCHES, RESOURCES, compile_launch
+from tests.flash_attention_kernels import LAUNCHES, compile_launch
 from tests.gluon_emulator import Kernel
-from tests.test_grouped_mlp import resource_usage
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -360,18 +360,11 @@ CHOSEN = [
 ]
 
 
-def test_the_table_is_complete():
-    assert RESOURCES.keys() == LAUNCHES.keys()
-
-
 @pytest.mark.parametrize("name", LAUNCHES if os.environ.get("DUALPIPE_COMPILE_ALL") else CHOSEN)
-def test_kernel_compiles_for_sm_90(name, monkeypatch, tmp_path):
+def test_kernel_compiles_for_sm_90(name, monkeypatch):
     pytest.importorskip("triton")
     compiled = compile_launch(name, monkeypatch)
-    usage = resource_usage(compiled.asm["cubin"], tmp_path)
-    registers, shared, stack = RESOURCES[name]
-    assert usage["REG"] <= registers and usage["STACK"] + usage["LOCAL"] <= stack, usage
-    assert compiled.metadata.shared <= min(shared, 227 * 1024)
+    check_resources("attention", name, compiled)
     ptx = compiled.asm["ptx"]
     if "prepare" in name or "finish" in name or "clear" in name:
         assert "ld.global.v4" in ptx or "st.global.v4" in ptx

@@ -8,8 +8,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tests.grouped_hopper_kernels import LAUNCHES, RESOURCES, compile_launch
-from tests.test_grouped_mlp import ROOT, make_problem, relative_error, resource_usage
+from tests.ahead_of_time import check_resources
+from tests.grouped_hopper_kernels import LAUNCHES, compile_launch
+from tests.test_grouped_mlp import ROOT, make_problem, relative_error
 
 NAN = math.nan
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
@@ -147,11 +148,8 @@ def test_programs_that_leave_change_no_bit(limit):
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_compiles_for_sm_90_without_spills(name, monkeypatch, tmp_path):
+def test_compiles_for_sm_90(name, monkeypatch):
     pytest.importorskip("triton")
     compiled = compile_launch(name, monkeypatch)
-    usage = resource_usage(compiled.asm["cubin"], tmp_path)
-    assert usage["STACK"] == usage["LOCAL"] == 0, usage
-    assert (usage["REG"], compiled.metadata.shared) == RESOURCES[name]
-    assert compiled.metadata.shared <= 227 * 1024
+    check_resources("grouped_hopper", name, compiled)
     assert "wgmma.mma_async.sync.aligned.m64n256k16" in compiled.asm["ptx"]

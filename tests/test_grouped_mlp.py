@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dualpipe_ext.grouped_mlp import grouped_mlp, mlp_dgrad, mlp_forward, mlp_wgrad
+from tests.ahead_of_time import check_resources, compile_kernel, resources_of
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
@@ -364,81 +365,29 @@ def launches():
     }
 
 
-class Recorder:
-    """Stands in for a kernel: takes a launch's arguments as the compiler would see them."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *arguments, num_warps, num_stages, **constants):
-        names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
-        self.signature, self.attributes = dict.fromkeys(constants, "constexpr"), {}
-        for i, (name, value) in enumerate(zip(self.kernel.arg_names, arguments, strict=False)):
-            if hasattr(value, "block_shape"):
-                block = ",".join(map(str, value.block_shape))
-                self.signature[name] = f"tensordesc<{names[value.base.dtype]}[{block}]>"
-            elif isinstance(value, torch.Tensor):
-                self.signature[name] = "*" + names[value.dtype]
-                self.attributes[(i,)] = [["tt.divisibility", 16]]
-            else:
-                self.signature[name] = "i32"
-        self.signature = {name: self.signature[name] for name in self.kernel.arg_names}
-        self.constants = constants
-        self.options = {"num_warps": num_warps, "num_stages": num_stages}
-
-    def compile(self):
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=self.options)
+COMPILED = {
+    "gate_up": "gate_up_kernel",
+    "gate_up_inference": "gate_up_kernel",
+    "down": "grouped_gemm_kernel",
+    "swiglu_backward": "swiglu_backward_kernel",
+    "drows": "grouped_gemm_kernel",
+    "wgrad": "grouped_wgrad_kernel",
+    "wgrad_accumulate": "grouped_wgrad_kernel",
+}
 
 
-def resource_usage(cubin: bytes, folder: Path) -> dict[str, int]:
-    """Registers, stack and local bytes a thread, by the cuobjdump that Triton brings."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip(f"{tool} is missing: registers and spills cannot be read")
-    file = folder / "kernel.cubin"
-    file.write_bytes(cubin)
-    text = subprocess.run(
-        [tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True
-    ).stdout
-    return {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "gate_up",
-        "gate_up_inference",
-        "down",
-        "swiglu_backward",
-        "drows",
-        "wgrad",
-        "wgrad_accumulate",
-    ],
-)
-def test_kernel_compiles_for_sm_90_without_spills(name, monkeypatch, tmp_path):
-    pytest.importorskip("triton")
+def compile_launch(name: str, monkeypatch):
     module, launch = launches()[name]
-    recorders = []
-    for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
-        recorders.append(Recorder(getattr(module, kernel)))
-        monkeypatch.setattr(module, kernel, recorders[-1])
-    launch()
-    (recorder,) = (r for r in recorders if hasattr(r, "constants"))
-    compiled = recorder.compile()
+    how = dict(sizes_of_a_model=True)
+    return compile_kernel(module, COMPILED[name], launch, monkeypatch, **how)
 
-    usage = resource_usage(compiled.asm["cubin"], tmp_path)
-    assert usage["STACK"] == 0 and usage["LOCAL"] == 0, usage
-    assert compiled.metadata.shared <= 227 * 1024
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_kernel_compiles_for_sm_90(name, monkeypatch):
+    pytest.importorskip("triton")
+    compiled = compile_launch(name, monkeypatch)
+    check_resources("grouped_mlp", name, compiled)
+    assert resources_of(compiled)[1] == 0, "spills"
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     # Splitting the accumulator into strips or into gate and up only renames registers. The one
     # conversion allowed is that of the backward's row sums, 128 numbers.

@@ -7,8 +7,9 @@ from functools import cache
 import pytest
 import torch
 
-from tests.grouped_wgrad_kernels import CONFIGS, RESOURCES, compile_launch, configuration
-from tests.test_grouped_mlp import ROOT, relative_error, resource_usage
+from tests.ahead_of_time import check_resources
+from tests.grouped_wgrad_kernels import CONFIGS, compile_launch, configuration
+from tests.test_grouped_mlp import ROOT, relative_error
 
 NAN = math.nan
 
@@ -131,18 +132,11 @@ def test_the_emulated_kernel_can_fail():
         module.fence_async_shared = fence_async_shared
 
 
-def test_the_table_is_complete():
-    assert RESOURCES.keys() == CONFIGS.keys()
-
-
 @pytest.mark.parametrize("name", CONFIGS)
-def test_kernel_compiles_for_sm_90(name, monkeypatch, tmp_path):
+def test_kernel_compiles_for_sm_90(name, monkeypatch):
     pytest.importorskip("triton")
     compiled = compile_launch(name, monkeypatch)
-    usage = resource_usage(compiled.asm["cubin"], tmp_path)
-    registers, shared = RESOURCES[name]
-    assert usage["REG"] <= registers and usage["STACK"] == usage["LOCAL"] == 0, usage
-    assert compiled.metadata.shared <= min(shared, 227 * 1024)
+    check_resources("grouped_wgrad", name, compiled)
     ptx = compiled.asm["ptx"]
     assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16" in ptx and "setmaxnreg.inc" in ptx
     from dualpipe_ext.triton_kernels import grouped_wgrad_hopper
