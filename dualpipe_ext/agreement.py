@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from .backend import choose_backend
-from .operators import has_triton
+from .operators import compiles_here
 from .peer_memory import PeerMemory
 from .routing import ROW_ALIGNMENT
 
@@ -135,9 +135,10 @@ def _choose(options: ExchangeOptions, device: torch.device, world_size: int) -> 
         if options.backend == "nvlink":
             raise TypeError(f'{reason}: cast the rows, or use backend="reference"')
         return "reference", reason
-    if name == "nvlink" and options.form == "unique" and not has_triton():
+    if name == "nvlink" and options.form == "unique" and not compiles_here(device):
         raise ValueError(
-            'form="unique" needs Triton for its compute kernels: install triton, or pass '
+            'form="unique" needs Triton for its compute kernels, which do not compile here: '
+            "install triton, a release that `dualpipe-ext info` does not warn of, or pass "
             'form="expert"'
         )
     return name, reason

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .attention import GroupedQueryAttention
 from .block_ops import norm_backward_operator, norm_operator, rotate_into
+from .compat import has_module_hooks, saves_tensors_elsewhere
 from .flash_attention import backward_into as attend_backward_into
 from .flash_attention import forward_operator as attend_operator
 from .fused_router import route_backward_operator, route_operator
@@ -45,7 +45,7 @@ def fits(block: nn.Module, x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return False
-    if _has_any_global_hook() or _saves_elsewhere() or any(map(_has_hooks, (attention, *parts))):
+    if has_module_hooks(attention, *parts) or saves_tensors_elsewhere():
         return False
     weights = [part.weight for part in parts]
     for weight in weights:
@@ -62,16 +62,6 @@ def _parts(block: nn.Module) -> tuple[nn.Module, ...]:
     attention = block.attention
     linears = attention.qkv, attention.out
     return block.attention_norm, *linears, block.feed_forward_norm, block.feed_forward.router
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    backward = module._backward_hooks or module._backward_pre_hooks
-    return bool(module._forward_hooks or module._forward_pre_hooks or backward)
-
-
-def _saves_elsewhere() -> bool:
-    """Inside torch.autograd.graph.saved_tensors_hooks, such as save_on_cpu's."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 class AttentionSegment:

@@ -17,6 +17,7 @@ keys of --json:
   python       version
   torch        version; cuda, nccl: versions that it carries, or null
   triton       version or null
+  unchecked    [a line, with the remedy, for a torch or Triton that this package was not run with]
   driver       version; cuda: the newest CUDA that it runs; null without a driver
   gpus         [{index, name, capability, sms, memory_bytes}]
   peer_access  [i][j]: whether GPU i can address the memory of GPU j

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .compat import average_ddp_gradients, begin_fsdp_step, end_fsdp_step
+
 __all__ = ["GradientSync", "unwrap"]
 
 
@@ -34,11 +36,7 @@ class GradientSync:
     def begin(self) -> None:
         """Gather sharded parameters, and keep hooks from reducing until `end`."""
         for root in self._sharded[:1]:
-            root._get_fsdp_state()._lazy_init()  # the stage's segments do not call the root itself
-            root.set_reshard_after_forward(False)
-            root.set_reshard_after_backward(False)
-            root.set_requires_gradient_sync(False)
-            root.set_is_last_backward(False)
+            begin_fsdp_step(root)
         handles = [module.unshard(async_op=True) for module in self._sharded]
         for handle in handles:
             if handle is not None:
@@ -47,35 +45,12 @@ class GradientSync:
     def end(self, reduce: bool, *, forward_only: bool = False) -> None:
         """`reduce`: average the gradients now; else they go on adding up in the next step."""
         if self._ddp is not None and reduce and self._ddp.require_backward_grad_sync:
-            self._reduce_ddp()
+            average_ddp_gradients(self._ddp)
         if self._sharded and reduce:
-            self._reduce_sharded()
+            end_fsdp_step(self._sharded[0])
         elif self._sharded and forward_only:
             for module in self._sharded:
                 module.reshard()
-
-    def _reduce_ddp(self) -> None:
-        """Fire DDP's hooks once: a backward that adds zeros to what the chunks left."""
-        ignored = getattr(self._ddp.module, "_ddp_params_and_buffers_to_ignore", ())
-        parameters = [
-            parameter
-            for name, parameter in self._ddp.module.named_parameters()
-            if parameter.requires_grad and name not in ignored
-        ]
-        zeros = [parameter.new_zeros(()).expand_as(parameter) for parameter in parameters]
-        self._ddp.reducer.prepare_for_backward([])
-        torch.autograd.backward(parameters, zeros)
-
-    def _reduce_sharded(self) -> None:
-        root = self._sharded[0]
-        root.set_is_last_backward(True)
-        root.set_reshard_after_backward(True)
-        root.set_requires_gradient_sync(True)
-        state = root._get_fsdp_state()
-        for inner in state._state_ctx.all_states:
-            if inner._fsdp_param_group:
-                inner._fsdp_param_group.post_backward()
-        state._root_post_backward_final_callback()
 
 
 def _sharded_modules(module: nn.Module) -> list:

@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib
-import importlib.metadata
 import json
 import platform
 import shutil
@@ -10,6 +9,8 @@ import subprocess
 from pathlib import Path
 
 import torch
+
+from .compat import TORCH, TRITON, triton_version
 
 __all__ = ["describe_environment", "format_environment", "read_build_record"]
 
@@ -37,6 +38,7 @@ def describe_environment() -> dict:
         python       version
         torch        version; cuda: the CUDA runtime that it was built for; nccl: versions or null
         triton       version or null
+        unchecked    a line, with the remedy, for each of the two that this package was not run with
         driver       version of the NVIDIA driver; cuda: the newest CUDA it runs; null without one
         gpus         a list of index, name, capability "9.0", sms, memory_bytes
         peer_access  [i][j] is true if GPU i can address the memory of GPU j
@@ -45,6 +47,7 @@ def describe_environment() -> dict:
     """
     from . import __version__
 
+    problems = TORCH.problem(torch.__version__), TRITON.problem(triton_version())
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "package": {"version": __version__, "path": str(Path(__file__).parent)},
@@ -54,7 +57,8 @@ def describe_environment() -> dict:
             "cuda": torch.version.cuda,
             "nccl": _nccl_version(),
         },
-        "triton": _installed_version("triton"),
+        "triton": triton_version(),
+        "unchecked": [line for line in problems if line is not None],
         "driver": {"version": _driver_version(), "cuda": _driver_cuda_version()},
         "gpus": [_describe_gpu(index) for index in range(count)],
         "peer_access": [[_can_access(i, j) for j in range(count)] for i in range(count)],
@@ -71,6 +75,7 @@ def format_environment(found: dict) -> str:
         ("Python", found["python"]),
         ("torch", f"{torch_['version']}, built for CUDA {torch_['cuda'] or '(none)'}"),
         ("Triton", found["triton"] or "not installed"),
+        *(("unchecked", line) for line in found["unchecked"]),
         ("NCCL", torch_["nccl"] or "not in this torch"),
         ("driver", f"{driver['version'] or 'none'}, runs CUDA up to {driver['cuda'] or '(none)'}"),
         ("GPUs", "" if found["gpus"] else "none that torch sees"),
@@ -97,13 +102,6 @@ def _format_build(build: dict) -> str:
         return f"not built: {build['reason']}"
     text = f"built for {', '.join(build['archs'])} with nvcc {build['nvcc_version']}"
     return text if build["importable"] else f"{text}, but does not load: {build['error']}"
-
-
-def _installed_version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _nccl_version() -> str | None:

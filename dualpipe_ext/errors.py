@@ -1,6 +1,14 @@
 """Errors that only this package raises. Bad arguments raise ValueError, TypeError or IndexError."""
 
-__all__ = ["DualPipeError", "ExchangeClosedError", "PeerTimeoutError", "RowsOverflowError"]
+__all__ = [
+    "DualPipeError",
+    "ExchangeClosedError",
+    "KernelCompileError",
+    "MissingKernelsWarning",
+    "PeerTimeoutError",
+    "RowsOverflowError",
+    "UncheckedVersionWarning",
+]
 
 
 class DualPipeError(RuntimeError):
@@ -9,6 +17,25 @@ class DualPipeError(RuntimeError):
 
 class ExchangeClosedError(DualPipeError):
     """An exchange or its peer memory was used after `close()`."""
+
+
+class KernelCompileError(DualPipeError):
+    """Triton cannot compile a kernel here: its release, its C compiler or its ptxas do not fit.
+
+    Attribute: is_gluon (whether it is one of the kernels that only Hopper GPUs run).
+    """
+
+    def __init__(self, message: str, is_gluon: bool = False) -> None:
+        super().__init__(message)
+        self.is_gluon = is_gluon
+
+
+class UncheckedVersionWarning(UserWarning):
+    """A release of torch or Triton that this package was not run with."""
+
+
+class MissingKernelsWarning(UserWarning):
+    """Kernels that would be faster cannot run here, and something slower runs instead of them."""
 
 
 class RowsOverflowError(DualPipeError):

@@ -13,10 +13,11 @@ from torch.autograd.function import once_differentiable
 
 from .agreement import ExchangeOptions, agree_on_backend
 from .errors import ExchangeClosedError
-from .operators import has_triton
+from .operators import compiles_here
 from .ranges import named_range
 from .reference import ReferenceBackend
 from .routing import Plan, RoutingLayout
+from .triton_kernels import available
 from .unique_rows import UniqueRows
 
 __all__ = ["CHANNELS", "Exchange", "process_group"]
@@ -93,6 +94,8 @@ class Exchange:
         self.max_tokens, self.dtype, self.timeout = max_tokens, dtype, timeout
         self.form, self.max_rows = form or _faster_form(comm_sms, self.device), max_rows
         self._backend, self._comm_sms = None, 0
+        if backend == "nvlink":
+            available.require(self)
         options = ExchangeOptions(
             hidden=hidden,
             num_experts=num_experts,
@@ -454,7 +457,7 @@ def _faster_form(comm_sms: int | float, device: torch.device) -> str:
     """Of forward and backward of a layer, by docs/MEASURED.md, where its kernels can run."""
     most = 0.125 if isinstance(comm_sms, float) else 16
     few = isinstance(comm_sms, (int, float)) and comm_sms <= most
-    return "unique" if few and (device.type != "cuda" or has_triton()) else "expert"
+    return "unique" if few and (device.type != "cuda" or compiles_here(device)) else "expert"
 
 
 def _resolve_device(device: torch.device | str | None) -> torch.device:

@@ -9,15 +9,13 @@ FlashAttention (arXiv 2205.14135, 2307.08691, 2407.08608). Two implementations c
 Gluon kernels on Hopper GPUs, and plain torch, which holds one head's scores at a time, anywhere.
 """
 
-import warnings
 from collections.abc import Iterator
-from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from .operators import define, device_facts, has_gluon, triton_version, without_autocast
+from .operators import define, device_facts, has_gluon, without_autocast
 
 __all__ = ["flash_attention", "runs_as_kernels"]
 
@@ -219,21 +217,9 @@ def _reference_backward(
 # ---- Choice of the implementation ----
 
 
-@cache
-def _has_gluon() -> bool:
-    fits = has_gluon()
-    if not fits:
-        warnings.warn(
-            f"the attention kernels need Triton 3.6 or newer, found {triton_version()}: attention "
-            "runs slower without them. Install triton, or choose an implementation by its name.",
-            stacklevel=2,
-        )
-    return fits
-
-
 @torch.compiler.assume_constant_result
 def _takes_kernels(device: torch.device) -> bool:
-    return device_facts(device)[1][0] == 9 and _has_gluon()
+    return device_facts(device)[1][0] == 9 and has_gluon()
 
 
 def _use_kernels(q: Tensor, v: Tensor, implementation: str) -> bool:

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .compat import StorageWeakRef, storage_key
 from .fp8 import BLOCK, dequantize_rows, quantize_rows
 from .grouped_mlp import (
     _require_alignment,
@@ -33,7 +33,7 @@ from .grouped_mlp import (
     _wgrad,
 )
 from .grouped_reference import accumulation_dtype, expert_spans
-from .operators import define, device_facts, has_triton, is_observed, without_autocast
+from .operators import define, device_facts, has_gluon, is_observed, without_autocast
 
 __all__ = ["Fp8Weight", "forget_fp8", "fp8_weight"]
 
@@ -102,8 +102,8 @@ def fp8_weight(weight: torch.Tensor, implementation: str = "auto") -> Fp8Weight:
         return _round_weight(weight, implementation)
     kept = getattr(weight, "_dualpipe_fp8", None)
     storage = weight.untyped_storage()
-    place = (storage._cdata, weight.data_ptr(), weight.shape, weight.stride())
-    key = (weight._version, *place, weight.dtype, _OptimizerSteps.count)
+    shape = (weight.shape, weight.stride(), weight.dtype)
+    key = (*storage_key(weight), *shape, _OptimizerSteps.count)
     if not isinstance(kept, _Kept) or kept.key != key:
         kept = None
         forget_fp8(weight)  # its memory serves the new one
@@ -306,7 +306,7 @@ def _use_kernels(tensor: torch.Tensor, implementation: str) -> bool:
     if implementation == "reference":
         return False
     fits = tensor.is_cuda and tensor.dtype == torch.bfloat16
-    fits = fits and device_facts(tensor.device)[1][0] == 9 and has_triton()
+    fits = fits and device_facts(tensor.device)[1][0] == 9 and has_gluon()
     if implementation == "triton" and not fits:
         raise ValueError(
             f"implementation='triton' with precision='fp8' takes bfloat16 weights on a Hopper GPU "

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from . import _C
 from .backend import MAX_RANKS
+from .compat import current_raw_stream
 from .errors import PeerTimeoutError, RowsOverflowError
 from .peer_memory import PeerMemory
 from .routing import Plan, RoutingLayout, bad_index_error
@@ -258,7 +259,7 @@ class NvlinkBackend:
         return tables[first : first + count]
 
     def _stream(self) -> int:
-        return torch._C._cuda_getCurrentRawStream(self.device.index)  # current_stream takes 3 us
+        return current_raw_stream(self.device.index)
 
 
 def address(tensor: torch.Tensor | None) -> int:

@@ -15,16 +15,20 @@ from functools import cache, wraps
 import torch
 from torch.autograd import forward_ad
 
+from . import compat
+from .errors import KernelCompileError, MissingKernelsWarning
+from .triton_kernels import available
+
 __all__ = [
     "autocast_off",
     "check_num_sms",
+    "compiles_here",
     "define",
     "device_facts",
     "has_gluon",
     "has_triton",
     "is_observed",
     "sm_count",
-    "triton_version",
     "use_triton",
     "wide",
     "without_autocast",
@@ -64,7 +68,7 @@ class Operator:
     def __call__(self, *inputs):
         if torch.compiler.is_compiling():
             return self._operator(*inputs)
-        if forward_ad._current_level >= 0:
+        if compat.takes_tangents():
             self._refuse_tangents(inputs)
         if is_observed(inputs):
             return self._operator(*inputs)
@@ -86,9 +90,7 @@ class Operator:
 
 def is_observed(inputs: tuple) -> bool:
     """Whether somebody looks on: a dispatch mode, functorch, torch.jit.trace, a subclass."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return True
-    if torch._C._get_tracing_state() is not None:
+    if compat.is_traced():
         return True
     for x in inputs:  # a loop: a generator in any() takes twice its time
         kind = type(x)
@@ -115,9 +117,9 @@ def _once(backward: Callable, num_inputs: int) -> Callable:
             return backward(ctx, *gradients)
         with torch.no_grad():
             found = backward(ctx, *gradients)
-        refuse = torch._C._functions.DelayedError(
-            b"dualpipe_ext's operators have no second derivative: compute what is differentiated "
-            b"twice in plain torch",
+        refuse = compat.raise_in_backward(
+            "dualpipe_ext's operators have no second derivative: compute what is differentiated "
+            "twice in plain torch",
             len(found),
         )
         return refuse(*(x if x is None else x.detach().requires_grad_() for x in found))
@@ -140,8 +142,7 @@ def _count_writes(name: str) -> None:
     """Makes an operator raise the version of what it writes, as autograd's check of saved tensors
     needs it: a kernel writes through an address."""
     operator = getattr(torch.ops.dualpipe_ext, name).default
-    arguments = operator._schema.arguments
-    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+    _, written = compat.written_arguments(operator)
     if not written:
         return
 
@@ -149,9 +150,7 @@ def _count_writes(name: str) -> None:
         for i in written:
             if not inputs[i].is_inference():
                 torch.autograd.graph.increment_version(inputs[i])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            below = keyset & torch._C._after_ADInplaceOrView_keyset
-            return operator.redispatch(below, *inputs)
+        return compat.call_below_autograd(operator, keyset, inputs)
 
     _library.impl(name, count, "ADInplaceOrView", with_keyset=True)
 
@@ -168,6 +167,7 @@ def define(
     ``backward`` gets None for an output that nobody used or that has no gradient. It cannot be
     differentiated in turn: that raises RuntimeError.
     """
+    implementation = _or_without_kernels(implementation)
     _library.define(schema)
     name = schema.partition("(")[0]
     for key in ("CPU", "CUDA"):
@@ -176,7 +176,7 @@ def define(
     _count_writes(name)
     operator = Operator(name, implementation)
     if backward is not None:
-        num_inputs = len(getattr(torch.ops.dualpipe_ext, name).default._schema.arguments)
+        num_inputs, _ = compat.written_arguments(getattr(torch.ops.dualpipe_ext, name).default)
         backward, setup_context = _once(backward, num_inputs), _without_zeros(setup_context)
         torch.library.register_autograd(
             f"dualpipe_ext::{name}", backward, setup_context=setup_context, lib=_library
@@ -185,36 +185,63 @@ def define(
     return operator
 
 
-@cache
 def has_triton() -> bool:
+    """Whether Triton kernels can run here. Says once where they cannot, or may not."""
+    return available.compiles("triton") and _fits(compat.triton_version())
+
+
+def has_gluon() -> bool:
+    """Whether the kernels that only Hopper GPUs run can."""
+    return available.compiles("gluon") and has_triton()
+
+
+@cache
+def _fits(version: str | None) -> bool:
+    """Whether this release of Triton, None for none, is to be tried."""
+    instead = (
+        ": router, norm, rotary embedding, SwiGLU, cross-entropy, attention and experts, one after "
+        "the other, run in plain torch"
+    )
+    if version is None:
+        remedy = ". Install triton."
+        warnings.warn(f"Triton is not installed{instead}{remedy}", MissingKernelsWarning, 3)
+        return False
+    if compat.TRITON.is_too_old(version):
+        compat.warn_of_unchecked(compat.TRITON, version, instead)
+        return False
+    compat.warn_of_unchecked(compat.TRITON, version, "; launches take the host longer until it was")
+    return True
+
+
+@cache
+def compiles_here(device: torch.device) -> bool:
+    """Whether a small Triton kernel compiles and starts on a CUDA device; says once why not."""
+    if not has_triton():
+        return False
     try:
-        import triton  # noqa: F401
-    except ImportError:
-        warnings.warn(
-            "Triton is not installed: router, norm, rotary embedding, SwiGLU, cross-entropy and "
-            "experts, one after the other, run in plain torch. Install triton.",
-            stacklevel=2,
-        )
+        from .triton_kernels.swiglu import swiglu
+
+        x = torch.zeros(1, 32, device=device)
+        swiglu(x, x.new_empty(1, 16), num_sms=1)
+    except (KernelCompileError, ImportError) as error:
+        available.give_up(error)
         return False
     return True
 
 
-def triton_version() -> str:
-    try:
-        import triton
-    except ImportError:
-        return "none"
-    return triton.__version__
+def _or_without_kernels(implementation: Callable) -> Callable:
+    """`implementation`, again without the kernels that do not compile; nothing ran before that."""
 
+    @wraps(implementation)
+    def run(*inputs):
+        for _ in ("gluon", "triton"):
+            try:
+                return implementation(*inputs)
+            except (KernelCompileError, ImportError) as error:
+                available.give_up(error)
+        return implementation(*inputs)
 
-@cache
-def has_gluon() -> bool:
-    """Whether Triton is new enough for the kernels that only Hopper GPUs run."""
-    try:
-        from triton.experimental import gluon  # noqa: F401
-    except ImportError:
-        return False
-    return tuple(map(int, triton_version().split(".")[:2])) >= (3, 6)
+    return run
 
 
 @cache

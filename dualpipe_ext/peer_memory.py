@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from .compat import symmetric_memory
+
 __all__ = ["PeerMemory"]
 
 
@@ -37,11 +39,10 @@ class PeerMemory:
             self._buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device)
             self.pointers = [self._buffer.data_ptr()]
             return
-        import torch.distributed._symmetric_memory as symmetric_memory
-
-        self._buffer = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=device)
+        memory = symmetric_memory()
+        self._buffer = memory.empty(nbytes, dtype=torch.uint8, device=device)
         PeerMemory.rendezvous += 1
-        self._handle = symmetric_memory.rendezvous(self._buffer, group)
+        self._handle = memory.rendezvous(self._buffer, group)
         # With a memory pool below it, the tensor need not start at its segment's first byte.
         inside = self._buffer.data_ptr() - self._handle.buffer_ptrs[self._handle.rank]
         self.pointers = [pointer + inside for pointer in self._handle.buffer_ptrs]

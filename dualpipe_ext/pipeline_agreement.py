@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from .compat import default_store
 from .errors import DualPipeError
 
 __all__ = ["Agreement"]
@@ -109,7 +110,7 @@ def _group_store(group: dist.ProcessGroup):
     """The store that the group was made with."""
     with suppress(AttributeError, RuntimeError):
         return group.get_group_store()
-    return dist.PrefixStore(group.group_name, dist.distributed_c10d._get_default_store())
+    return dist.PrefixStore(group.group_name, default_store())
 
 
 def seconds(timeout: float) -> timedelta:

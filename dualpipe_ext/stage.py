@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import TransformerBlock
+from .compat import is_view
 from .segment import Segment
 from .weight_gradients import WeightGradients
 
@@ -287,7 +288,7 @@ class HookChunk:
         )
 
     def _keep(self, outputs: tuple[Tensor, ...], loss: Tensor | None) -> tuple[Tensor, ...]:
-        self.views = tuple(i for i, y in enumerate(outputs) if y._base is not None)
+        self.views = tuple(i for i, y in enumerate(outputs) if is_view(y))
         self._outputs, self._loss = outputs, loss
         self.loss = None if loss is None else loss.detach()
         self.outputs = tuple(y.detach() for y in outputs)
@@ -330,7 +331,7 @@ class _Ending:
         if self._last is not None:
             outputs = (self._last(*outputs),)
         outputs = _as_tuple(outputs[0])
-        self.views = tuple(i for i, y in enumerate(outputs) if y._base is not None)
+        self.views = tuple(i for i, y in enumerate(outputs) if is_view(y))
         self._count = len(outputs)
         if self._criterion is None:
             return outputs

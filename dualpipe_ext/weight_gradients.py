@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
+from .compat import call_post_accumulate_hooks, has_tensor_hooks
 from .operators import autocast_off
 
 __all__ = [
@@ -77,8 +78,7 @@ class WeightGradients:
             accumulate(parameters, gradients)
             for parameter, total, gradient in zip(parameters, totals, gradients, strict=True):
                 if total is not None and gradient is None and total is parameter.grad:
-                    for hook in (parameter._post_accumulate_grad_hooks or {}).values():
-                        hook(parameter)
+                    call_post_accumulate_hooks(parameter)
 
 
 def _total(parameter: nn.Parameter) -> Tensor | None:
@@ -99,7 +99,7 @@ def _total(parameter: nn.Parameter) -> Tensor | None:
 def _is_watched(parameter: nn.Parameter) -> bool:
     """Whether it has a tensor hook, or somebody keeps autograd's node for it, on which hooks may be
     (DDP's are). A node that nobody keeps goes with what is written on it."""
-    if parameter._backward_hooks or torch.is_inference_mode_enabled():
+    if has_tensor_hooks(parameter) or torch.is_inference_mode_enabled():
         return True
     get_gradient_edge(parameter).node.metadata["dualpipe_ext"] = "seen"
     return "dualpipe_ext" in get_gradient_edge(parameter).node.metadata

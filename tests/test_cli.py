@@ -22,7 +22,7 @@ def test_info_json_without_a_gpu():
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    keys = "package python torch triton driver gpus peer_access build backend"
+    keys = "package python torch triton unchecked driver gpus peer_access build backend"
     assert list(found) == keys.split()
     assert found["package"]["version"] == __version__
     assert found["gpus"] == found["peer_access"] == []

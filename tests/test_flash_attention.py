@@ -272,16 +272,9 @@ def test_auto_takes_the_kernels_where_they_run(runs, monkeypatch):
 def test_what_runs_as_kernels(changes, runs, monkeypatch):
     case = dict(D=128, V=128, dtype=torch.bfloat16, is_cuda=True, major=9, gluon=True) | changes
     monkeypatch.setattr(operator, "device_facts", lambda device: (132, (case["major"], 0)))
-    monkeypatch.setattr(operator, "_has_gluon", lambda: case["gluon"])
+    monkeypatch.setattr(operator, "has_gluon", lambda: case["gluon"])
     q = SimpleNamespace(dtype=case["dtype"], is_cuda=case["is_cuda"], device="a GPU")
     assert operator.runs_as_kernels(q, (case["D"], case["V"])) == runs
-
-
-def test_a_triton_that_is_too_old_is_named(monkeypatch):
-    monkeypatch.setattr(operator, "has_gluon", lambda: False)
-    monkeypatch.setattr(operator, "triton_version", lambda: "3.5.1")
-    with pytest.warns(UserWarning, match=r"need Triton 3\.6 or newer, found 3\.5\.1.*Install"):
-        assert not operator._has_gluon.__wrapped__()
 
 
 # ---- The kernels, emulated ----

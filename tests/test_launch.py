@@ -25,12 +25,12 @@ from triton.runtime._allocation import NullAllocator  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from dualpipe_ext.compat import TRITON  # noqa: E402
 from dualpipe_ext.triton_kernels.boxes import describe, shared_layout  # noqa: E402
-from dualpipe_ext.triton_kernels.compat import is_checked  # noqa: E402
 from dualpipe_ext.triton_kernels.launch import cache_launches  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not is_checked(triton.__version__), reason="launches go Triton's way"
+    TRITON.problem(triton.__version__) is not None, reason="launches go Triton's way"
 )
 A_FUNCTION_A_KERNEL = hasattr(nvidia, "make_launcher")  # 3.6
 

@@ -12,6 +12,8 @@ stake.
 
 import torch
 
+from dualpipe_ext.compat import can_write_value, current_raw_stream, write_value
+
 from .kept import keep_zeros
 
 __all__ = ["can_claim", "claim_sms", "make_counters", "program_limit", "tile_counter"]
@@ -24,7 +26,7 @@ _counters: dict[tuple[torch.device, int], list[torch.Tensor]] = {}  # by stream
 def can_claim(device: torch.device) -> bool:
     """Whether kernels here look at the limit, as Hopper's do, and this torch can write it."""
     hopper = torch.cuda.get_device_capability(device)[0] == 9
-    return hopper and hasattr(torch.ops.symm_mem, "stream_write_value32_")
+    return hopper and can_write_value()
 
 
 def program_limit(device: torch.device) -> torch.Tensor:
@@ -41,7 +43,7 @@ def program_limit(device: torch.device) -> torch.Tensor:
 def claim_sms(device: torch.device, limit: int) -> None:
     """From here on in the current stream's order kernels get `limit` programs, 0: any number."""
     word = program_limit(device).view(torch.uint32)
-    torch.ops.symm_mem.stream_write_value32_.default(word, 0, limit)
+    write_value(word, limit)
 
 
 def make_counters(device: torch.device) -> None:
@@ -71,4 +73,4 @@ def tile_counter(device: torch.device) -> torch.Tensor:
 
 
 def _stream(device: torch.device) -> tuple[torch.device, int]:
-    return device, torch._C._cuda_getCurrentRawStream(device.index)
+    return device, current_raw_stream(device.index)

@@ -1,8 +1,8 @@
 """Everything that is private to Triton or moves between its releases: kernels and launches import
 it from here, and are the same for all releases.
 
-CHECKED names the releases. Each name says which of them have it where; tests/test_compat.py fails
-by that name where a new release moved it. How far each release was checked: README.md.
+`TRITON` in dualpipe_ext/compat.py says which releases. Each name says since which of them it is
+where; tests/test_compat.py fails by that name where a new release moved it.
 """
 
 import inspect
@@ -19,8 +19,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dualpipe_ext.compat import TRITON
+
 __all__ = [
-    "CHECKED",
+    "TRITON_VERSION",
     "GluonDescriptor",
     "JITFunction",
     "TensorDescriptor",
@@ -32,15 +34,10 @@ __all__ = [
     "direct_launch",
     "encode_descriptor",
     "has_launch_hooks",
-    "is_checked",
     "reinterpret",
 ]
 
-CHECKED = ("3.6", "3.7", "3.8", "3.9")
-
-
-def is_checked(version: str) -> bool:
-    return ".".join(version.split(".")[:2]) in CHECKED
+TRITON_VERSION = triton.__version__
 
 
 def _first(module, *names: str):
@@ -123,7 +120,7 @@ def direct_launch(compiled, arguments: tuple, constants: list) -> tuple[Callable
         or run.global_scratch_size
         or run.profile_scratch_size
         or getattr(run, "gsan_enabled", False)  # 3.8: a sanitizer adds arguments
-        or not is_checked(triton.__version__)
+        or TRITON.problem(TRITON_VERSION)  # who knows what its C function takes
     ):
 
         def launch(x, y, z, stream, metadata, values):

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
+from dualpipe_ext.compat import TRITON
+from dualpipe_ext.errors import KernelCompileError
+
 from .compat import (
+    TRITON_VERSION,
     GluonDescriptor,
     JITFunction,
     TensorDescriptor,
@@ -53,7 +57,7 @@ class _CachedLaunches:
     """In place of `JITFunction.run`."""
 
     def __init__(self, kernel: JITFunction, in_pairs: bool) -> None:
-        self._in_pairs = in_pairs
+        self._kernel, self._in_pairs = kernel, in_pairs
         self._parameters, self._hooks = kernel.params, kernel.pre_run_hooks
         self._run = kernel.run
         self._found: dict[tuple, _Launch] = {}
@@ -65,6 +69,8 @@ class _CachedLaunches:
         key, values = _read(device, args, constants)
         found = self._found.get(key)
         if found is None:
+            if key is not None:
+                self._compile(args, grid, constants)
             compiled = self._run(*args, grid=grid, warmup=False, **constants)
             if key is not None and compiled is not None:
                 self._keep(key, compiled, args, constants)
@@ -77,6 +83,13 @@ class _CachedLaunches:
         found.launch(*grid, *ONES[len(grid)], stream, metadata, values)
         return found.compiled
 
+    def _compile(self, args: tuple, grid: tuple, constants: dict) -> None:
+        """By itself, so that an error of the launch is not taken for one of the compiler."""
+        try:
+            self._run(*args, grid=grid, warmup=True, **constants)
+        except Exception as error:
+            raise compile_error(self._kernel, error) from error
+
     def _keep(self, key: tuple, compiled, args: tuple, constants: dict) -> None:
         given, rest = self._parameters[: len(args)], self._parameters[len(args) :]
         named = [(p.name, p.default) for p in rest if p.is_constexpr]
@@ -84,6 +97,18 @@ class _CachedLaunches:
         if len(named) == len(rest) and not missing and not any(p.is_constexpr for p in given):
             values = [constants.get(name, default) for name, default in named]
             self._found[key] = _Launch.of(compiled, args, values)
+
+
+def compile_error(kernel: JITFunction, error: Exception) -> KernelCompileError:
+    """One line of what the compiler said, with its release and the remedy."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    problem = TRITON.problem(TRITON_VERSION)
+    return KernelCompileError(
+        f"kernel {kernel.fn.__name__} does not compile with Triton {TRITON_VERSION} "
+        f"({type(error).__name__}: {lines[-1] if lines else 'no text'})"
+        + (f"; {problem}" if problem else ""),
+        is_gluon=kernel.is_gluon(),
+    )
 
 
 @dataclass(frozen=True, slots=True)

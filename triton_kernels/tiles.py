@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .available import compiles
+
 # Experts start at multiples of this (routing.ROW_ALIGNMENT): a tile has one expert and no mask.
 BLOCK_M = 128
 
@@ -91,10 +93,14 @@ def split_columns(x):
     return x.reshape(rows, 2, half).permute(0, 2, 1).split()
 
 
-@cache
 def is_hopper(device: torch.device) -> bool:
     """Whether the kernels of grouped_*hopper*.py run there: wgmma is Hopper's alone. Triton's
     interpreter has tensors on the CPU."""
+    return _has_wgmma(device) and compiles("gluon")
+
+
+@cache
+def _has_wgmma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
