@@ -13,16 +13,24 @@ asked := $(shell command -v $(PYTHON))
 alive := $(shell build/run python -c "" 2>/dev/null && cat build/asked)
 stale := $(if $(filter $(asked),$(alive)),,FORCE)
 
-.PHONY: extension help demo test lint format bench info clean distclean FORCE
+.PHONY: extension help demo test test-newest lint format bench info clean distclean FORCE
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: extension ## train a small MoE transformer with DualPipeV, on all GPUs or 4 CPU processes
 	$(RUN) python examples/train_pipeline.py $(ARGS)
 
 test: extension ## every test that this machine can run
 	$(RUN) python -m pytest $(ARGS)
+
+# What knows torch and Triton best: private names, operators, launches, and every kernel compiled.
+NEWEST := compat launch operators moe weight_gradients head_ops attention_segment ahead_of_time \
+	block_ops expert_rows flash_attention fp8_mlp grouped_fp8 grouped_hopper grouped_mlp grouped_wgrad
+
+test-newest: extension ## some of the tests on the newest torch and Triton (5.5 GB, in .venv-newest)
+	.ci/prepare newest
+	PYTHONPATH=. .venv-newest/bin/python -m pytest $(NEWEST:%=tests/test_%.py) $(ARGS)
 
 lint: build/linters ## ruff and clang-format, without changing files
 	$(RUN) ruff check .
@@ -44,8 +52,8 @@ clean: ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info dualpipe_ext/_C*.so dualpipe_ext/_build.json
 	rm -rf .pytest_cache .ruff_cache .hypothesis
 
-distclean: clean ## remove .venv and .deps as well
-	rm -rf .venv .deps
+distclean: clean ## remove .venv, .venv-newest and .deps as well
+	rm -rf .venv .venv-newest .deps
 
 build/run: .ci/prepare $(stale)
 	.ci/prepare python "$(PYTHON)"
