@@ -88,7 +88,7 @@ class CheckedReleases:
 
 
 TORCH = CheckedReleases("torch", (2, 11), (2, 14))
-TRITON = CheckedReleases("triton", (3, 6), (3, 9))
+TRITON = CheckedReleases("triton", (3, 6), (3, 8))
 
 
 def release_of(version: str) -> tuple[int, int]:

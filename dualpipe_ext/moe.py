@@ -21,6 +21,7 @@ from .experts import PlacedExperts, check_multiples_of_8
 from .grouped_mlp import _is_fp8, grouped_mlp
 from .operators import autocast_off
 from .router import Router
+from .triton_kernels import available
 from .weight_gradients import linear
 
 __all__ = ["MoELayer", "SharedExpert"]
@@ -158,6 +159,8 @@ class MoELayer(PlacedExperts):
         self.topk, self.shared_expert_hidden = topk, shared_expert_hidden
         self._check_sizes()
         self.backend, self.comm_sms, self.num_sms = backend, comm_sms, num_sms
+        if backend == "nvlink":
+            available.require(self)
         self.form, self.max_rows, self.max_tokens = form, max_rows, max_tokens
         self.payload, self.precision = payload, precision
         if _is_fp8(precision):

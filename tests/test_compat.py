@@ -304,9 +304,12 @@ def fresh(monkeypatch):
     """As in a process that has used no kernel yet."""
     monkeypatch.setattr(available, "_reasons", {})
     monkeypatch.setattr(available, "_required_by", weakref.WeakSet())
-    operators._fits.cache_clear()
+    caches = (operators._fits, operators.compiles_here)
+    for cache in caches:
+        cache.cache_clear()
     yield monkeypatch
-    operators._fits.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -400,3 +403,51 @@ def test_a_name_that_triton_lost_is_an_import_error(fresh):
 
     with pytest.warns(MissingKernelsWarning, match=r"none of \('barrier',\).*plain torch run"):
         assert operators._or_without_kernels(implementation)(torch.zeros(1)) == "torch"
+
+
+def train(layer, x):
+    """y and all gradients of one step."""
+    layer.zero_grad()
+    leaf = x.clone().requires_grad_()
+    y = layer(leaf)
+    torch.autograd.backward([y, layer.aux_loss], [x.sin(), None])
+    return [y.detach(), leaf.grad, *(p.grad.clone() for p in layer.parameters())]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("only_gluon", [True, False])
+def test_a_layer_whose_kernels_do_not_compile(fresh, only_gluon):
+    from dualpipe_ext import MoELayer
+    from dualpipe_ext.triton_kernels import launch
+
+    sizes = dict(hidden=256, expert_hidden=256, num_experts=8, topk=2, max_tokens=300)
+    options = dict(dtype=torch.bfloat16, device="cuda")
+    layer = MoELayer(**sizes, **options)
+    x = torch.randn(300, 256, **options)
+    want = train(layer, x)
+    assert layer.exchange.backend == "nvlink" and layer.exchange.form == "unique"
+    state = layer.state_dict()
+    call = launch._CachedLaunches.__call__
+
+    def fail(self, *arguments, **constants):
+        if self._kernel.is_gluon() or not only_gluon:
+            raise launch.compile_error(self._kernel, RuntimeError("no such instruction"))
+        return call(self, *arguments, **constants)
+
+    fresh.setattr(launch._CachedLaunches, "__call__", fail)
+    operators.compiles_here.cache_clear()
+    with pytest.warns(MissingKernelsWarning, match="no such instruction"):
+        other = MoELayer(**sizes, **options)
+        other.load_state_dict(state)
+        got = train(other, x)
+    assert other.exchange.form == ("unique" if only_gluon else "expert")
+    for a, b in zip(got, want, strict=True):
+        assert (a.float() - b.float()).norm() < 1e-2 * b.float().norm()
+    with pytest.raises(KernelCompileError, match='no such instruction.*backend="nvlink" wants'):
+        MoELayer(**sizes, **options, backend="nvlink")
+    available._reasons.clear()
+    strict = MoELayer(**sizes, **options, backend="nvlink", form="expert")
+    with pytest.raises(KernelCompileError, match="no such instruction"):
+        train(strict, x)
+    other.close()
+    layer.close()

@@ -22,7 +22,13 @@ def compiles(family: str) -> bool:
 
 
 def require(owner: object) -> None:
-    """While `owner` is alive, a kernel that does not compile is an error."""
+    """While `owner` is alive, a kernel that does not compile is an error.
+
+    Raises:
+        KernelCompileError: there has been one already.
+    """
+    for reason in _reasons.values():
+        raise KernelCompileError(f'{reason}; backend="nvlink" wants all kernels, "auto" does not')
     _required_by.add(owner)
 
 
