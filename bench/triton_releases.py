@@ -74,7 +74,8 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     arguments = parser.parse_args()
     folder = os.path.abspath(arguments.folder)
-    report: dict = {"command": f"python bench/triton_releases.py FOLDER --turns {arguments.turns}"}
+    options = f"--rounds {arguments.rounds} --turns {arguments.turns}"
+    report: dict = {"command": f"python bench/triton_releases.py FOLDER {options}"}
     for name in arguments.only:
         command, turns = commands(arguments.rounds)[name], []
         for turn in range(arguments.turns):

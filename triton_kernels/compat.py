@@ -83,7 +83,7 @@ def reinterpret(memory, dtype, shape, layout, _semantic=None):
 
 # (descriptor, what TMA needs to know of its box) -> the C function's arguments. 3.8 adds a third
 # argument, for other GPUs.
-encode_descriptor = nvidia.make_tensordesc_arg
+encode_descriptor = _first(nvidia, "make_tensordesc_arg")
 _ENCODE_REST = (None,) * (len(inspect.signature(encode_descriptor).parameters) - 2)
 
 
