@@ -135,7 +135,8 @@ def _choose(options: ExchangeOptions, device: torch.device, world_size: int) -> 
         if options.backend == "nvlink":
             raise TypeError(f'{reason}: cast the rows, or use backend="reference"')
         return "reference", reason
-    if name == "nvlink" and options.form == "unique" and not compiles_here(device):
+    on_gpu = name == "nvlink" and device.type == "cuda"
+    if on_gpu and options.form == "unique" and not compiles_here(device):
         raise ValueError(
             'form="unique" needs Triton for its compute kernels, which do not compile here: '
             "install triton, a release that `dualpipe-ext info` does not warn of, or pass "

@@ -215,7 +215,8 @@ def _fits(version: str | None) -> bool:
 
 @cache
 def compiles_here(device: torch.device) -> bool:
-    """Whether a small Triton kernel compiles and starts on a CUDA device; says once why not."""
+    """Whether a small Triton kernel compiles and starts on a CUDA device; says once why not, be it
+    a release of Triton that moved something or no C compiler."""
     if not has_triton():
         return False
     try:
@@ -223,8 +224,9 @@ def compiles_here(device: torch.device) -> bool:
 
         x = torch.zeros(1, 32, device=device)
         swiglu(x, x.new_empty(1, 16), num_sms=1)
-    except (KernelCompileError, ImportError) as error:
-        available.give_up(error)
+    except Exception as error:
+        reason = f"a small Triton kernel does not run on {device}: {error}"
+        available.give_up(KernelCompileError(reason))
         return False
     return True
 

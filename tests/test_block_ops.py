@@ -1,7 +1,6 @@
 """The rest of a block without a GPU: plain torch against fp64 references, the kernels in Triton's
 interpreter and ahead of time for sm_90, and the operators' registrations."""
 
-import os
 import re
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from dualpipe_ext.fused_router import route
 from tests import block_ops_cases as cases
 from tests.ahead_of_time import check_resources
 from tests.block_ops_kernels import LAUNCHES, compile_launch
+from tests.interpreted import run_interpreted
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
@@ -306,19 +306,7 @@ def test_errors(call, error, message):
 
 
 def test_interpreter_equals_the_references():
-    pytest.importorskip("triton")
-    numpy = pytest.importorskip("numpy").__version__
-    if tuple(map(int, numpy.split(".")[:2])) > (2, 3):
-        pytest.skip(f"numpy {numpy}: Triton 3.6's interpreter needs 2.3 or older")
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.block_ops_cases"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
-    assert child.stdout.splitlines() == [f"ok {name}" for name in cases.interpreted()]
+    assert run_interpreted("tests.block_ops_cases") == [f"ok {x}" for x in cases.interpreted()]
 
 
 IN_FLIGHT = {

@@ -1,7 +1,6 @@
 """The row kernels without a GPU, in Triton's interpreter and ahead of time for sm_90; fp8 rows; and
 the reference backend's exchange of unique rows, which the kernels complete."""
 
-import os
 import re
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from dualpipe_ext.routing import RoutingLayout
 from tests.ahead_of_time import check_resources, compile_kernel, resources_of
 from tests.exchange_cases import ROUTINGS, Case, expected_plan, relative_error
 from tests.expert_rows_cases import CASES
+from tests.interpreted import run_interpreted
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -183,19 +183,7 @@ def test_max_rows(gloo_workers_4):
 
 
 def test_interpreter_equals_the_loops():
-    pytest.importorskip("triton")
-    numpy = pytest.importorskip("numpy").__version__
-    if tuple(map(int, numpy.split(".")[:2])) > (2, 3):
-        pytest.skip(f"numpy {numpy}: Triton 3.6's interpreter needs 2.3 or older")
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.expert_rows_cases"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
-    assert child.stdout.splitlines() == [f"ok {name}" for name in CASES]
+    assert run_interpreted("tests.expert_rows_cases") == [f"ok {name}" for name in CASES]
 
 
 def launch(name, dtype=torch.bfloat16, H=7168, K=8, P=4, fp8=False, weighted=True):

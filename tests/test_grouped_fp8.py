@@ -1,10 +1,7 @@
 """The fp8 GEMM without a GPU: run by the emulator, its quantising kernels by Triton's interpreter,
 and all compiled ahead of time for sm_90."""
 
-import os
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import torch
 from tests.ahead_of_time import check_resources, compile_kernel
 from tests.gluon_emulator import emulate
 from tests.grouped_fp8_cases import CASES, E4M3, INTERPRETED, NAN, make_problem, relative_error
+from tests.interpreted import run_interpreted
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,19 +70,7 @@ def test_widths_that_do_not_fit_are_named():
 
 
 def test_interpreter_equals_plain_torch():
-    pytest.importorskip("triton")
-    numpy = pytest.importorskip("numpy").__version__
-    if tuple(map(int, numpy.split(".")[:2])) > (2, 3):
-        pytest.skip(f"numpy {numpy}: Triton 3.6's interpreter needs 2.3 or older")
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.grouped_fp8_cases"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
-    assert child.stdout.splitlines() == [f"ok {name}" for name in INTERPRETED]
+    assert run_interpreted("tests.grouped_fp8_cases") == [f"ok {name}" for name in INTERPRETED]
 
 
 # ---- Compiled ----

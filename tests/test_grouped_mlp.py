@@ -1,7 +1,6 @@
 """The grouped MLP without a GPU: against per-token fp64 arithmetic, and its kernels in Triton's
 interpreter and ahead of time for sm_90."""
 
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import torch
 
 from dualpipe_ext.grouped_mlp import grouped_mlp, mlp_dgrad, mlp_forward, mlp_wgrad
 from tests.ahead_of_time import check_resources, compile_kernel, resources_of
+from tests.interpreted import run_interpreted
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
@@ -297,20 +297,8 @@ def test_import_needs_no_triton():
 
 
 def test_interpreter_equals_reference():
-    pytest.importorskip("triton")
-    numpy = pytest.importorskip("numpy").__version__
-    if tuple(map(int, numpy.split(".")[:2])) > (2, 3):
-        pytest.skip(f"numpy {numpy}: Triton 3.6's interpreter needs 2.3 or older")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.grouped_mlp_interpreter"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stdout + child.stderr
-    assert child.stdout.count("ok") == 6, child.stdout
+    lines = run_interpreted("tests.grouped_mlp_interpreter")
+    assert "\n".join(lines).count("ok") == 6, lines
 
 
 def launches():
