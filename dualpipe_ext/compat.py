@@ -33,6 +33,7 @@ __all__ = [
     "call_below_autograd",
     "call_post_accumulate_hooks",
     "can_write_value",
+    "constant_in_graphs",
     "current_raw_stream",
     "default_store",
     "end_fsdp_step",
@@ -144,6 +145,12 @@ def saves_tensors_elsewhere() -> bool:
 def current_raw_stream(device_index: int) -> int:
     """The address of a GPU's current stream; torch.cuda.current_stream takes 3 us for it."""
     return torch._C._cuda_getCurrentRawStream(device_index)
+
+
+def constant_in_graphs(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, which would load torch._dynamo, for a second."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 # ---- Hooks and storages ----

@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .compat import constant_in_graphs
 from .operators import define, device_facts, has_gluon, without_autocast
 
 __all__ = ["flash_attention", "runs_as_kernels"]
@@ -217,7 +218,7 @@ def _reference_backward(
 # ---- Choice of the implementation ----
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _takes_kernels(device: torch.device) -> bool:
     return device_facts(device)[1][0] == 9 and has_gluon()
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compat import constant_in_graphs
 from .operators import check_num_sms, define, has_gluon, sm_count, use_triton, without_autocast
 from .router import count_tokens, select_experts
 
@@ -47,7 +48,7 @@ def fits_hopper(x: Tensor, weight: Tensor, topk: int, n_groups: int) -> bool:
     return sizes and _runs_gluon(x.device)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _runs_gluon(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9 and has_gluon()
 

@@ -261,6 +261,18 @@ def test_the_list_of_triton_names_is_whole():
     assert {*mark.args[1], "TRITON_VERSION"} == set(ours.__all__)
 
 
+def test_constant_in_graphs():
+    calls = []
+
+    @compat.constant_in_graphs
+    def choose():
+        calls.append(len(calls))
+        return len(calls)
+
+    run = torch.compile(lambda x: x + choose(), backend="eager", fullgraph=True)
+    assert run(torch.zeros(1)) == run(torch.zeros(1)) == 1 and calls == [0]
+
+
 # ---- Releases that were not checked ----
 
 
@@ -291,7 +303,7 @@ def test_what_is_installed_was_checked():
 
 
 def test_importing_beside_another_torch_says_so():
-    code = "import torch; torch.__version__ = '2.99.0'; import dualpipe_ext"
+    code = "import torch; torch.__version__ = '2.99.0'; import dualpipe_ext; dualpipe_ext.MoELayer"
     child = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
