@@ -8,6 +8,7 @@ belongs to one class of another library stays in its file under integrations/.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,9 +94,9 @@ TRITON = CheckedReleases("triton", (3, 6), (3, 8))
 
 
 def release_of(version: str) -> tuple[int, int]:
-    """(3, 8) of "3.8.0", "3.8.0+git1234" and "3.8.0a0"."""
-    major, minor, *_ = version.split("+")[0].split(".")
-    return int(major), int("".join(c for c in minor if c.isdigit()) or 0)
+    """(3, 8) of "3.8.0", "3.8.0+git1234", "3.8a0" and "3.8"; (3, 0) of "3"."""
+    major, minor = re.match(r"(\d+)(?:\.(\d+))?", version).groups()
+    return int(major), int(minor or 0)
 
 
 @cache
