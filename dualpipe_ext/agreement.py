@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 
 from .backend import choose_backend
-from .operators import compiles_here
+from .errors import DualPipeError, KernelCompileError
+from .operators import triton_obstacle
 from .peer_memory import PeerMemory
 from .routing import ROW_ALIGNMENT
+from .triton_kernels import available
 
 __all__ = ["ExchangeOptions", "agree_on_backend"]
 
@@ -34,6 +36,7 @@ class ExchangeOptions:
     dtype: torch.dtype
     backend: str
     form: str
+    form_is_free: bool  # nobody asked for it
     max_rows: int | None
     timeout: float = field(compare=False)
 
@@ -83,23 +86,25 @@ class ExchangeOptions:
 
 def agree_on_backend(
     options: ExchangeOptions, group: dist.ProcessGroup | None, device: torch.device
-) -> tuple[str, str]:
+) -> tuple[str, str, str]:
     """Check every rank's arguments everywhere, so that all ranks raise or none does. Collective.
 
     Returns:
-        The backend that all ranks can run, and the reason in plain words.
+        The backend that all ranks can run, the reason in plain words, and the form.
 
     Raises:
         ValueError, TypeError: an argument of some rank is wrong, or differs from rank 0's.
+        KernelCompileError: backend="nvlink", and kernels do not compile on some rank.
     """
     mine = {"options": options, "host": host_identity(), "rendezvous": PeerMemory.rendezvous}
-    mine |= {"error": None, "choice": None}
+    mine |= {"error": None, "choice": None, "obstacle": None}
     world_size = 1 if group is None else dist.get_world_size(group)
     try:
         options.check(world_size)
         _check_device(device)
         mine["choice"] = _choose(options, device, world_size)
-    except (TypeError, ValueError) as error:
+        mine["obstacle"] = _kernel_obstacle(options, mine["choice"][0], device)
+    except (TypeError, ValueError, DualPipeError) as error:
         mine["error"] = error
     everyone = [mine]
     if world_size > 1:
@@ -120,12 +125,35 @@ def agree_on_backend(
                 f"the group spans {len({t['host'] for t in everyone})} hosts, NVLink kernels "
                 f'reach one: make the group from one host\'s ranks, or use backend="reference"'
             )
-        return "reference", "the group spans several hosts"
+        return "reference", "the group spans several hosts", options.form
     for rank, theirs in enumerate(everyone):
         if theirs["choice"][0] == "reference":
-            return "reference", f"rank {rank}: {theirs['choice'][1]}"
+            return "reference", f"rank {rank}: {theirs['choice'][1]}", options.form
     _check_rendezvous([theirs["rendezvous"] for theirs in everyone])
-    return mine["choice"]
+    for rank, theirs in enumerate(everyone):
+        if theirs["obstacle"] is not None:
+            problem = f"rank {rank}: {theirs['obstacle']}"
+            return "nvlink", f'{mine["choice"][1]}; form "expert", since {problem}', "expert"
+    return *mine["choice"], options.form
+
+
+def _kernel_obstacle(options: ExchangeOptions, name: str, device: torch.device) -> str | None:
+    """What keeps the compute kernels of form "unique" from running, where "expert" can replace it.
+
+    Raises:
+        KernelCompileError: kernels are missing that were asked for by backend or form.
+    """
+    if name != "nvlink" or device.type != "cuda":
+        return None
+    asked = options.backend == "nvlink"
+    obstacle = available.first_failure() if asked else None
+    if obstacle is None and options.form == "unique":
+        obstacle = triton_obstacle(device)
+    if obstacle is not None and asked:
+        raise KernelCompileError(f'{obstacle}; backend="auto" runs without these kernels')
+    if obstacle is not None and not options.form_is_free:
+        raise KernelCompileError(f'{obstacle}; form="unique" needs Triton: pass form="expert"')
+    return obstacle
 
 
 def _choose(options: ExchangeOptions, device: torch.device, world_size: int) -> tuple[str, str]:
@@ -135,13 +163,6 @@ def _choose(options: ExchangeOptions, device: torch.device, world_size: int) -> 
         if options.backend == "nvlink":
             raise TypeError(f'{reason}: cast the rows, or use backend="reference"')
         return "reference", reason
-    on_gpu = name == "nvlink" and device.type == "cuda"
-    if on_gpu and options.form == "unique" and not compiles_here(device):
-        raise ValueError(
-            'form="unique" needs Triton for its compute kernels, which do not compile here: '
-            "install triton, a release that `dualpipe-ext info` does not warn of, or pass "
-            'form="expert"'
-        )
     return name, reason
 
 

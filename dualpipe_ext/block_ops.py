@@ -17,7 +17,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .operators import check_num_sms, define, device_facts, sm_count, use_triton, wide
+from .operators import (
+    check_num_sms,
+    define,
+    device_facts,
+    sm_count,
+    use_triton,
+    wide,
+    without_missing_kernels,
+)
 
 __all__ = ["rms_norm", "rotary", "rotary_", "rotary_tables", "swiglu"]
 
@@ -320,6 +328,7 @@ def _turn(x, cos, sin, positions, interleaved, inverse, y):
     y.copy_(torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, dim=-1))
 
 
+@without_missing_kernels
 def rotate_into(x, cos, sin, positions, interleaved, inverse, num_sms, y):
     if x.numel() == 0:
         return

@@ -1,9 +1,9 @@
 """Everything that is private to torch or moves between its releases, and which releases of torch
 and Triton were checked. Triton's own names are in triton_kernels/compat.py.
 
-All of it was run on torch 2.11, 2.13 and 2.14; tests/test_compat.py checks what each function here
-does on the torch that is installed, and that no other file uses a private name of torch. What
-belongs to one class of another library stays in its file under integrations/.
+All of it ran on torch 2.11; what needs no GPU also on 2.13 and 2.14. tests/test_compat.py checks
+what each function here does on the torch that is installed, and that no other file uses a private
+name of torch. What belongs to one class of another library stays in its file under integrations/.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class ExchangeClosedError(DualPipeError):
 
 
 class KernelCompileError(DualPipeError):
-    """Triton cannot compile a kernel here: its release, its C compiler or its ptxas do not fit.
+    """Triton cannot compile a kernel here: its release or its ptxas does not fit.
 
     Attribute: is_gluon (whether it is one of the kernels that only Hopper GPUs run).
     """

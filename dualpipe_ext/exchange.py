@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from .agreement import ExchangeOptions, agree_on_backend
 from .errors import ExchangeClosedError
-from .operators import compiles_here
 from .ranges import named_range
 from .reference import ReferenceBackend
 from .routing import Plan, RoutingLayout
@@ -92,10 +91,8 @@ class Exchange:
         self.device = _resolve_device(device)
         self.hidden, self.num_experts, self.topk = hidden, num_experts, topk
         self.max_tokens, self.dtype, self.timeout = max_tokens, dtype, timeout
-        self.form, self.max_rows = form or _faster_form(comm_sms, self.device), max_rows
+        self.max_rows = max_rows
         self._backend, self._comm_sms = None, 0
-        if backend == "nvlink":
-            available.require(self)
         options = ExchangeOptions(
             hidden=hidden,
             num_experts=num_experts,
@@ -103,11 +100,16 @@ class Exchange:
             max_tokens=max_tokens,
             dtype=dtype,
             backend=backend,
-            form=self.form,
+            form=form or _faster_form(comm_sms),
+            form_is_free=form is None,
             max_rows=max_rows,
             timeout=timeout,
         )
-        self.backend, self.backend_reason = agree_on_backend(options, self.group, self.device)
+        self.backend, self.backend_reason, self.form = agree_on_backend(
+            options, self.group, self.device
+        )
+        if backend == "nvlink":
+            available.require(self)
         self.layout = RoutingLayout(self.rank, self.world_size, num_experts, topk, max_tokens)
         if self.backend == "nvlink":
             if self.form == "unique":
@@ -453,11 +455,11 @@ def process_group(group) -> dist.ProcessGroup | None:
     raise TypeError(f"group is a {type(group).__name__}: pass a ProcessGroup, a DeviceMesh or None")
 
 
-def _faster_form(comm_sms: int | float, device: torch.device) -> str:
-    """Of forward and backward of a layer, by docs/MEASURED.md, where its kernels can run."""
+def _faster_form(comm_sms: int | float) -> str:
+    """Of forward and backward of a layer, by docs/MEASURED.md."""
     most = 0.125 if isinstance(comm_sms, float) else 16
     few = isinstance(comm_sms, (int, float)) and comm_sms <= most
-    return "unique" if few and (device.type != "cuda" or compiles_here(device)) else "expert"
+    return "unique" if few else "expert"
 
 
 def _resolve_device(device: torch.device | str | None) -> torch.device:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .compat import constant_in_graphs
-from .operators import define, device_facts, has_gluon, without_autocast
+from .operators import define, device_facts, has_gluon, without_autocast, without_missing_kernels
 
 __all__ = ["flash_attention", "runs_as_kernels"]
 
@@ -306,6 +306,7 @@ def _backward(d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *how):
     return gradients
 
 
+@without_missing_kernels
 def backward_into(
     gradients, d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms,
     deterministic, implementation,

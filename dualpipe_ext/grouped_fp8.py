@@ -26,6 +26,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .compat import StorageWeakRef, storage_key
+from .errors import KernelCompileError
 from .fp8 import BLOCK, dequantize_rows, quantize_rows
 from .grouped_mlp import (
     _require_alignment,
@@ -33,7 +34,15 @@ from .grouped_mlp import (
     _wgrad,
 )
 from .grouped_reference import accumulation_dtype, expert_spans
-from .operators import define, device_facts, has_gluon, is_observed, without_autocast
+from .operators import (
+    define,
+    device_facts,
+    has_gluon,
+    is_observed,
+    without_autocast,
+    without_missing_kernels,
+)
+from .triton_kernels import available
 
 __all__ = ["Fp8Weight", "forget_fp8", "fp8_weight"]
 
@@ -133,6 +142,7 @@ def _capturing(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+@without_missing_kernels
 def _round_weight(weight: torch.Tensor, implementation: str) -> Fp8Weight:
     if _use_kernels(weight, implementation):
         from .triton_kernels.quantize import quantize_weights
@@ -306,7 +316,12 @@ def _use_kernels(tensor: torch.Tensor, implementation: str) -> bool:
     if implementation == "reference":
         return False
     fits = tensor.is_cuda and tensor.dtype == torch.bfloat16
-    fits = fits and device_facts(tensor.device)[1][0] == 9 and has_gluon()
+    fits = fits and device_facts(tensor.device)[1][0] == 9
+    if fits and not has_gluon():
+        if implementation == "triton":
+            reason = available.first_failure() or "Triton is missing or too old"
+            raise KernelCompileError(f"{reason}: pass implementation='auto'", is_gluon=True)
+        return False
     if implementation == "triton" and not fits:
         raise ValueError(
             f"implementation='triton' with precision='fp8' takes bfloat16 weights on a Hopper GPU "

@@ -22,16 +22,17 @@ from .triton_kernels import available
 __all__ = [
     "autocast_off",
     "check_num_sms",
-    "compiles_here",
     "define",
     "device_facts",
     "has_gluon",
     "has_triton",
     "is_observed",
     "sm_count",
+    "triton_obstacle",
     "use_triton",
     "wide",
     "without_autocast",
+    "without_missing_kernels",
 ]
 
 _NOTHING = nullcontext()
@@ -167,7 +168,7 @@ def define(
     ``backward`` gets None for an output that nobody used or that has no gradient. It cannot be
     differentiated in turn: that raises RuntimeError.
     """
-    implementation = _or_without_kernels(implementation)
+    implementation = without_missing_kernels(implementation)
     _library.define(schema)
     name = schema.partition("(")[0]
     for key in ("CPU", "CUDA"):
@@ -186,7 +187,7 @@ def define(
 
 
 def has_triton() -> bool:
-    """Whether Triton kernels can run here. Says once where they cannot, or may not."""
+    """Whether Triton kernels can run here. Warns once if it is missing, too old or unchecked."""
     return available.compiles("triton") and _fits(compat.triton_version())
 
 
@@ -209,39 +210,42 @@ def _fits(version: str | None) -> bool:
     if compat.TRITON.is_too_old(version):
         compat.warn_of_unchecked(compat.TRITON, version, instead)
         return False
-    compat.warn_of_unchecked(compat.TRITON, version, "; launches take the host longer until it was")
+    compat.warn_of_unchecked(compat.TRITON, version, "; launches cost the host more")
     return True
 
 
 @cache
-def compiles_here(device: torch.device) -> bool:
-    """Whether a small Triton kernel compiles and starts on a CUDA device; says once why not, be it
-    a release of Triton that moved something or no C compiler."""
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why a small Triton kernel does not compile and start on a CUDA device; None if it does."""
     if not has_triton():
-        return False
+        return available.first_failure() or "Triton is missing or too old: install triton"
     try:
         from .triton_kernels.swiglu import swiglu
 
-        x = torch.zeros(1, 32, device=device)
-        swiglu(x, x.new_empty(1, 16), num_sms=1)
-    except Exception as error:
-        reason = f"a small Triton kernel does not run on {device}: {error}"
-        available.give_up(KernelCompileError(reason))
-        return False
-    return True
+        with torch.cuda.device(device):
+            x = torch.zeros(1, 32, device=device)
+            swiglu(x, x.new_empty(1, 16), num_sms=1)
+    except (KernelCompileError, ImportError) as error:
+        return str(error)
+    return None
 
 
-def _or_without_kernels(implementation: Callable) -> Callable:
-    """`implementation`, again without the kernels that do not compile; nothing ran before that."""
+def without_missing_kernels(function: Callable) -> Callable:
+    """`function`, called again without the kernels that do not compile.
 
-    @wraps(implementation)
+    So one that writes in place launches one kernel: nothing was written when that fails.
+    """
+
+    @wraps(function)
     def run(*inputs):
-        for _ in ("gluon", "triton"):
+        while True:
+            before = available.compiles("gluon"), available.compiles("triton")
             try:
-                return implementation(*inputs)
+                return function(*inputs)
             except (KernelCompileError, ImportError) as error:
                 available.give_up(error)
-        return implementation(*inputs)
+                if before == (available.compiles("gluon"), available.compiles("triton")):
+                    raise  # it does not ask which kernels compile, or wants them by name
 
     return run
 

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from dualpipe_ext.triton_kernels import available
 from tests.workers import WorkerPool
 
 # Kernels of eight virtual ranks wait for each other: none may queue behind another's stream.
@@ -39,6 +40,18 @@ def pytest_collection_modifyitems(config, items):
 def pytest_terminal_summary(terminalreporter, config):
     for (marker, reason), count in sorted(config.stash.get(_untested, Counter()).items()):
         terminalreporter.write_line(f"not tested here: {count} tests marked {marker} ({reason})")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_are_required():
+    """A kernel that does not compile fails its test, and is not replaced by what it is tested by."""
+
+    class Owner:
+        pass
+
+    owner = Owner()
+    available.require(owner)
+    yield owner
 
 
 def _seed(request) -> int:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,7 @@ def test_write_value():
         "direct_launch",
         "encode_descriptor",
         "has_launch_hooks",
+        "is_compile_error",
         "reinterpret",
     ],
 )
@@ -316,7 +318,7 @@ def fresh(monkeypatch):
     """As in a process that has used no kernel yet."""
     monkeypatch.setattr(available, "_reasons", {})
     monkeypatch.setattr(available, "_required_by", weakref.WeakSet())
-    caches = (operators._fits, operators.compiles_here)
+    caches = (operators._fits, operators.triton_obstacle)
     for cache in caches:
         cache.cache_clear()
     yield monkeypatch
@@ -329,7 +331,7 @@ def fresh(monkeypatch):
     [
         (None, (MissingKernelsWarning, "Triton is not installed: .*Install triton"), False),
         ("3.5.1", (UncheckedVersionWarning, "triton 3.5.1 is older .*plain torch"), False),
-        ("3.99.0", (UncheckedVersionWarning, "triton 3.99.0 is newer .*longer"), True),
+        ("3.99.0", (UncheckedVersionWarning, "triton 3.99.0 is newer .*cost the host more"), True),
     ],
 )
 def test_first_use_of_another_triton(fresh, version, warning, runs):
@@ -361,7 +363,7 @@ def kernels_of(fail: list[str]):
                 return family
         return "torch"
 
-    return operators._or_without_kernels(implementation)
+    return operators.without_missing_kernels(implementation)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +376,7 @@ def test_what_runs_where_kernels_do_not_compile(fresh, fail, runs):
     if runs == "gluon":
         assert run(torch.zeros(1)) == runs
         return
-    with pytest.warns(MissingKernelsWarning, match=r"kernel \w+: no.* instead of") as seen:
+    with pytest.warns(MissingKernelsWarning, match=r"kernel \w+: no.* replaced by") as seen:
         assert run(torch.zeros(1)) == runs
         assert run(torch.zeros(1)) == runs
     assert len(seen) == len(fail)
@@ -401,7 +403,7 @@ def test_an_error_that_is_not_the_compilers_goes_through(fresh):
         raise ValueError("too wide")
 
     with pytest.raises(ValueError, match="too wide"):
-        operators._or_without_kernels(implementation)(torch.zeros(1))
+        operators.without_missing_kernels(implementation)(torch.zeros(1))
     assert available.compiles("gluon")
 
 
@@ -413,8 +415,83 @@ def test_a_name_that_triton_lost_is_an_import_error(fresh):
             raise ImportError("Triton 3.99: triton.experimental.gluon has none of ('barrier',)")
         return "torch"
 
-    with pytest.warns(MissingKernelsWarning, match=r"none of \('barrier',\).*plain torch run"):
-        assert operators._or_without_kernels(implementation)(torch.zeros(1)) == "torch"
+    with pytest.warns(
+        MissingKernelsWarning, match=r"none of \('barrier',\).*replaced by plain torch"
+    ):
+        assert operators.without_missing_kernels(implementation)(torch.zeros(1)) == "torch"
+
+
+def test_one_that_wants_its_kernels_by_name_raises(fresh):
+    calls = []
+
+    def implementation(x):
+        calls.append(x)
+        raise KernelCompileError("kernel named: no", is_gluon=True)
+
+    with pytest.warns(MissingKernelsWarning), pytest.raises(KernelCompileError, match="named"):
+        operators.without_missing_kernels(implementation)(torch.zeros(1))
+    assert len(calls) == 2
+
+
+def test_operators_that_write_in_place_launch_one_kernel():
+    """So that none is half done when a kernel does not compile."""
+    import dualpipe_ext.block
+    import dualpipe_ext.grouped_fp8  # noqa: F401
+
+    names = torch._C._dispatch_get_all_op_names()
+    names = {name.partition("::")[2] for name in names if name.startswith("dualpipe_ext::")}
+    operators = (getattr(torch.ops.dualpipe_ext, name).default for name in names)
+    writing = {x.name().partition("::")[2] for x in operators if compat.written_arguments(x)[1]}
+    assert writing == {"rotary_", "cross_entropy_", "scale_rows_", "grouped_wgrad_"}, (
+        "look whether it launches one kernel, then add it here"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "is_compilers"),
+    [
+        (AttributeError("module has no attribute 'thread_barrier'"), True),
+        (RuntimeError("PassManager::run failed"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access"), False),
+        (KeyError("Keyword argument FOO was specified but unrecognised"), False),
+        (OSError(28, "No space left on device"), False),
+    ],
+)
+def test_what_a_compile_error_is(error, is_compilers):
+    pytest.importorskip("triton")
+    from dualpipe_ext.triton_kernels.compat import is_compile_error
+
+    assert is_compile_error(error) == is_compilers
+
+
+def agree(rank, group, broken_rank, backend, form):
+    """What an exchange on GPUs would say if Triton compiled nothing on one rank."""
+    from dualpipe_ext import agreement
+
+    options = agreement.ExchangeOptions(
+        hidden=8, num_experts=4, topk=1, max_tokens=4, dtype=torch.bfloat16, backend=backend,
+        form=form or "unique", form_is_free=form is None, max_rows=None, timeout=1.0,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "choose_backend", lambda *arguments: ("nvlink", "pretended"))
+        patch.setattr(agreement, "_check_device", lambda device: None)
+        patch.setattr(agreement, "_current", lambda device: nullcontext())
+        obstacle = "kernel x: no" if rank == broken_rank else None
+        patch.setattr(agreement, "triton_obstacle", lambda device: obstacle)
+        try:
+            return agreement.agree_on_backend(options, group, torch.device("cuda", 0))
+        except KernelCompileError as error:
+            return str(error)
+
+
+def test_ranks_agree_where_one_compiles_nothing(gloo_workers_2):
+    for answer in gloo_workers_2.run(agree, None, "auto", None):
+        assert answer == ("nvlink", "pretended", "unique")
+    for answer in gloo_workers_2.run(agree, 1, "auto", None):
+        assert answer[::2] == ("nvlink", "expert") and "rank 1: kernel x: no" in answer[1]
+    for backend, form in (("nvlink", None), ("auto", "unique")):
+        for answer in gloo_workers_2.run(agree, 1, backend, form):
+            assert answer.startswith("rank 1: kernel x: no"), answer
 
 
 def train(layer, x):
@@ -447,7 +524,7 @@ def test_a_layer_whose_kernels_do_not_compile(fresh, only_gluon):
         return call(self, *arguments, **constants)
 
     fresh.setattr(launch._CachedLaunches, "__call__", fail)
-    operators.compiles_here.cache_clear()
+    operators.triton_obstacle.cache_clear()
     with pytest.warns(MissingKernelsWarning, match="no such instruction"):
         other = MoELayer(**sizes, **options)
         other.load_state_dict(state)
@@ -455,8 +532,10 @@ def test_a_layer_whose_kernels_do_not_compile(fresh, only_gluon):
     assert other.exchange.form == ("unique" if only_gluon else "expert")
     for a, b in zip(got, want, strict=True):
         assert (a.float() - b.float()).norm() < 1e-2 * b.float().norm()
-    with pytest.raises(KernelCompileError, match='no such instruction.*backend="nvlink" wants'):
-        MoELayer(**sizes, **options, backend="nvlink")
+    refused = MoELayer(**sizes, **options, backend="nvlink", form="expert")
+    available._required_by.discard(refused)
+    with pytest.raises(KernelCompileError, match='no such instruction.*backend="auto" runs'):
+        train(refused, x)
     available._reasons.clear()
     strict = MoELayer(**sizes, **options, backend="nvlink", form="expert")
     with pytest.raises(KernelCompileError, match="no such instruction"):

@@ -1,8 +1,8 @@
 """Which kernels this process can compile. No Triton in it.
 
-A kernel that does not compile takes its family with it: "gluon" are the kernels for Hopper, which
-plain Triton or torch can replace, "triton" all. That is said once; whoever asked for the kernels by
-name (`require`) gets the error instead.
+If one kernel of a family fails to compile, the family is disabled in the process, with a warning:
+"gluon" are the kernels for Hopper, which plain Triton or torch replaces, "triton" is all of them.
+Where kernels were asked for by name (`require`), the error is raised instead.
 """
 
 import warnings
@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 from dualpipe_ext.errors import KernelCompileError, MissingKernelsWarning
 
-__all__ = ["compiles", "give_up", "require"]
+__all__ = ["compiles", "first_failure", "give_up", "require"]
 
 _reasons: dict[str, str] = {}  # by family, why its kernels are not tried again
 _required_by: WeakSet = WeakSet()
@@ -22,26 +22,25 @@ def compiles(family: str) -> bool:
 
 
 def require(owner: object) -> None:
-    """While `owner` is alive, a kernel that does not compile is an error.
-
-    Raises:
-        KernelCompileError: there has been one already.
-    """
-    for reason in _reasons.values():
-        raise KernelCompileError(f'{reason}; backend="nvlink" wants all kernels, "auto" does not')
+    """While `owner` is alive, a kernel that does not compile is an error."""
     _required_by.add(owner)
 
 
+def first_failure() -> str | None:
+    """Why a family was disabled; None if none was."""
+    return next(iter(_reasons.values()), None)
+
+
 def give_up(error: Exception) -> None:
-    """Do without the kernels of the family that `error` (KernelCompileError, ImportError) is about.
+    """Disable the family of kernels that `error` (KernelCompileError, ImportError) is about.
 
     Raises:
-        KernelCompileError, ImportError: `error`, where somebody requires the kernels.
+        KernelCompileError, ImportError: `error`, where the kernels are required.
     """
     if len(_required_by):
         raise error
     family = "gluon" if isinstance(error, KernelCompileError) and error.is_gluon else "triton"
-    if not compiles(family):
+    if not compiles(family):  # another thread came first
         return
     _reasons[family] = str(error)
     slower, what = {
@@ -49,7 +48,7 @@ def give_up(error: Exception) -> None:
         "triton": ("plain torch", "all Triton kernels"),
     }[family]
     warnings.warn(
-        f"{error}. From here on {slower} run instead of {what}, several times slower",
+        f"{error}. From here on {what} are replaced by {slower}, several times slower",
         MissingKernelsWarning,
         stacklevel=3,
     )

@@ -1,8 +1,8 @@
 """Everything that is private to Triton or moves between its releases: kernels and launches import
 it from here, and are the same for all releases.
 
-`TRITON` in dualpipe_ext/compat.py says which releases. Each name says since which of them it is
-where; tests/test_compat.py fails by that name where a new release moved it.
+`TRITON` in dualpipe_ext/compat.py says which releases. Comments give the first release with a name.
+tests/test_compat.py fails by that name where a new release moved it.
 """
 
 import inspect
@@ -11,15 +11,15 @@ from collections.abc import Callable
 import triton
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
+from triton.errors import TritonError
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-from dualpipe_ext.compat import TRITON
 
 __all__ = [
     "TRITON_VERSION",
@@ -34,6 +34,7 @@ __all__ = [
     "direct_launch",
     "encode_descriptor",
     "has_launch_hooks",
+    "is_compile_error",
     "reinterpret",
 ]
 
@@ -83,7 +84,7 @@ def reinterpret(memory, dtype, shape, layout, _semantic=None):
 
 # (descriptor, what TMA needs to know of its box) -> the C function's arguments. 3.8 adds a third
 # argument, for other GPUs.
-encode_descriptor = _first(nvidia, "make_tensordesc_arg")
+encode_descriptor = nvidia.make_tensordesc_arg
 _ENCODE_REST = (None,) * (len(inspect.signature(encode_descriptor).parameters) - 2)
 
 
@@ -95,9 +96,18 @@ def device_and_stream() -> tuple[int, int]:
 
 
 def has_launch_hooks() -> bool:
-    """Whether a profiler wants to hear of launches. 3.6: chains of hooks, before that functions."""
+    """Whether a profiler wants to hear of launches: by chains of hooks, or a function in place."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def is_compile_error(error: Exception) -> bool:
+    """Whether Triton failed to make a kernel, and not to load or launch it."""
+    if isinstance(error, (AttributeError, ImportError)):  # a name that moved
+        return True
+    if isinstance(error, TritonError):
+        return not isinstance(error, OutOfResources)
+    return isinstance(error, RuntimeError) and "PassManager" in str(error)
 
 
 def direct_launch(compiled, arguments: tuple, constants: list) -> tuple[Callable, list]:
@@ -120,7 +130,6 @@ def direct_launch(compiled, arguments: tuple, constants: list) -> tuple[Callable
         or run.global_scratch_size
         or run.profile_scratch_size
         or getattr(run, "gsan_enabled", False)  # 3.8: a sanitizer adds arguments
-        or TRITON.problem(TRITON_VERSION)  # who knows what its C function takes
     ):
 
         def launch(x, y, z, stream, metadata, values):

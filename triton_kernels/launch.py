@@ -1,4 +1,4 @@
-"""Launches of a kernel after its first, for a third of the host's time.
+"""Launches of a kernel after its first, for two thirds of the host's time.
 
 JITFunction.run binds, specializes and hashes every argument anew in each launch: 30 to 40 us, and a
 transformer block forward and backward has about thirty. What follows looks the compiled kernel up
@@ -24,10 +24,13 @@ from .compat import (
     direct_launch,
     encode_descriptor,
     has_launch_hooks,
+    is_compile_error,
 )
 
 __all__ = ["cache_launches"]
 
+# Another release may tell kernels apart by what is not in our key.
+IS_CHECKED = TRITON.problem(TRITON_VERSION) is None
 EMPTY = inspect.Parameter.empty
 ONES = {1: (1, 1), 2: (1,), 3: ()}
 INT32, INT64 = range(-(2**31), 2**31), range(-(2**63), 2**63)
@@ -63,15 +66,13 @@ class _CachedLaunches:
         self._found: dict[tuple, _Launch] = {}
 
     def __call__(self, *args, grid, warmup, **constants):
-        if warmup or self._hooks or has_launch_hooks():
-            return self._run(*args, grid=grid, warmup=warmup, **constants)
+        if warmup or self._hooks or not IS_CHECKED or has_launch_hooks():
+            return self._ask_triton(args, grid, warmup, constants)
         device, stream = device_and_stream()
         key, values = _read(device, args, constants)
         found = self._found.get(key)
         if found is None:
-            if key is not None:
-                self._compile(args, grid, constants)
-            compiled = self._run(*args, grid=grid, warmup=False, **constants)
+            compiled = self._ask_triton(args, grid, warmup, constants)
             if key is not None and compiled is not None:
                 self._keep(key, compiled, args, constants)
             return compiled
@@ -83,11 +84,12 @@ class _CachedLaunches:
         found.launch(*grid, *ONES[len(grid)], stream, metadata, values)
         return found.compiled
 
-    def _compile(self, args: tuple, grid: tuple, constants: dict) -> None:
-        """By itself, so that an error of the launch is not taken for one of the compiler."""
+    def _ask_triton(self, args: tuple, grid: tuple, warmup: bool, constants: dict):
         try:
-            self._run(*args, grid=grid, warmup=True, **constants)
+            return self._run(*args, grid=grid, warmup=warmup, **constants)
         except Exception as error:
+            if not is_compile_error(error):
+                raise
             raise compile_error(self._kernel, error) from error
 
     def _keep(self, key: tuple, compiled, args: tuple, constants: dict) -> None:
