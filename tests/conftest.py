@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope="session", autouse=True)
 def _kernels_are_required():
-    """A kernel that does not compile fails its test, and is not replaced by what it is tested by."""
+    """A kernel that does not compile fails its test; its reference may not replace it."""
 
     class Owner:
         pass
