@@ -41,18 +41,23 @@ def run(command: list[str], triton: str | None) -> dict:
 
 
 def times_of(result: dict) -> dict[str, float]:
-    """Microseconds by name; a peer's begin with "peer: "."""
+    """Microseconds by name; those of other libraries begin with "peer: ", and those of launches by
+    Triton itself with "Triton's: "."""
     found = {}
     for row in result["results"]:
         place = [row[k] for k in ("shape", "gemm", "variant", "call") if k in row]
         name = ", ".join(place)
-        if "by Triton" in name:  # Triton's own launch, neither ours nor another library's
-            continue
-        is_peer = any(word in name for word in ("cudnn", "fa2"))
-        found[f"peer: {name}" if is_peer else name] = row["us"]
+        kind = "peer: " if any(word in name for word in ("cudnn", "fa2")) else ""
+        kind = "Triton's: " if "by Triton" in name else kind
+        found[kind + name] = row["us"]
         if "torch_us" in row:
             found[f"peer: {row['shape']}, {row['gemm']}, torch"] = row["torch_us"]
     return found
+
+
+def kind_of(name: str) -> str:
+    before, colon, _ = name.partition(": ")
+    return before if colon and before in ("peer", "Triton's") else "ours"
 
 
 def compare(turns: list[tuple[dict, dict]]) -> list[dict]:
@@ -91,8 +96,8 @@ def main() -> None:
             Path(arguments.json).write_text(json.dumps(report, indent=1))
     print(f"{report['gpu']}, torch {report['torch']}: {report['installed']} / {report['other']}")
     for name in arguments.only:
-        for kind in ("ours", "peer"):
-            rows = [r for r in report[name] if r["name"].startswith("peer") == (kind == "peer")]
+        for kind in ("ours", "Triton's", "peer"):
+            rows = [r for r in report[name] if kind_of(r["name"]) == kind]
             if not rows:
                 continue
             mean = statistics.geometric_mean(r["ratio"] for r in rows)

@@ -1,8 +1,8 @@
 """dualpipe_ext: expert-parallel MoE training whose communication hides behind its computation.
 
-Importing it imports nothing, not even torch: a public name loads its module at its first use. So do
-the operators torch.ops.dualpipe_ext.*: before loading an exported program, `import
-dualpipe_ext.block`, which registers those of a block.
+Importing it imports nothing, not even torch: a public name loads its module at its first use.
+The operators torch.ops.dualpipe_ext.* are registered by their modules. Before loading an exported
+program, `import dualpipe_ext.block`, which registers those of a block.
 """
 
 import sys

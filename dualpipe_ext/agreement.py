@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from .backend import choose_backend
-from .errors import DualPipeError, KernelCompileError
+from .errors import KernelCompileError
 from .operators import triton_obstacle
 from .peer_memory import PeerMemory
 from .routing import ROW_ALIGNMENT
@@ -36,7 +36,7 @@ class ExchangeOptions:
     dtype: torch.dtype
     backend: str
     form: str
-    form_is_free: bool  # nobody asked for it
+    form_is_free: bool  # the user named none
     max_rows: int | None
     timeout: float = field(compare=False)
 
@@ -104,7 +104,7 @@ def agree_on_backend(
         _check_device(device)
         mine["choice"] = _choose(options, device, world_size)
         mine["obstacle"] = _kernel_obstacle(options, mine["choice"][0], device)
-    except (TypeError, ValueError, DualPipeError) as error:
+    except (TypeError, ValueError, KernelCompileError) as error:
         mine["error"] = error
     everyone = [mine]
     if world_size > 1:

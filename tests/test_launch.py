@@ -6,6 +6,7 @@ for sm_90, as everywhere. Triton 3.6 makes a C function for each kernel, later o
 """
 
 import gc
+import re
 import weakref
 from collections import namedtuple
 from types import SimpleNamespace
@@ -26,6 +27,8 @@ from triton.runtime.driver import driver  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from dualpipe_ext.compat import TRITON  # noqa: E402
+from dualpipe_ext.errors import KernelCompileError  # noqa: E402
+from dualpipe_ext.triton_kernels import launch  # noqa: E402
 from dualpipe_ext.triton_kernels.boxes import describe, shared_layout  # noqa: E402
 from dualpipe_ext.triton_kernels.launch import cache_launches  # noqa: E402
 
@@ -357,3 +360,36 @@ def test_a_kernel_that_wants_scratch_memory_gets_it(fake):
     finally:
         triton.set_allocator(NullAllocator())
     assert sizes == [(3 * 64, 16, 7)] * 4 and fake.launches[-1].scratch == (4096, None)
+
+
+def test_another_release_launches_its_own_way(fake, monkeypatch):
+    """It may tell kernels apart by what is not in our key."""
+    monkeypatch.setattr(launch, "IS_CHECKED", False)
+    pair = both(copy_kernel)
+    for _ in range(2):
+        launches_twice(fake, *pair, (3,), torch.zeros(64), None, 2.0, 17, 5, SIZE=32, ADD=True)
+    assert not pair[1].run._found
+
+
+def gone_kernel(x_ptr):
+    tl.no_such_function(x_ptr)
+
+
+def test_a_kernel_that_does_not_compile_is_named(fake):
+    kernel = cache_launches(triton.jit(gone_kernel))
+    message = f"kernel gone_kernel does not compile with Triton {triton.__version__} "
+    with pytest.raises(KernelCompileError, match=re.escape(message)) as error:
+        kernel[(1,)](torch.zeros(64))
+    assert "no_such_function" in str(error.value) and "\n" not in str(error.value)
+    assert not error.value.is_gluon and error.value.__cause__ is not None
+
+
+def test_an_error_of_a_launch_stays_what_it_is(fake, monkeypatch):
+    def refuse(*arguments):
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    kernel = cache_launches(triton.jit(copy_kernel))
+    monkeypatch.setattr(fake.utils, "launch", refuse)
+    with pytest.raises(RuntimeError, match="illegal memory access") as error:
+        kernel[(1,)](torch.zeros(64), None, 2.0, 17, 5, SIZE=32, ADD=True)
+    assert not isinstance(error.value, KernelCompileError)
