@@ -7,6 +7,7 @@
 PYTHON ?= python3
 ARGS ?=
 RUN := build/run
+SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 
 # A launcher made for another interpreter, or for one that is gone, is out of date.
 asked := $(shell command -v $(PYTHON))
@@ -26,23 +27,23 @@ test: extension ## every test that this machine can run
 
 # What knows torch and Triton best: private names, operators, launches, and every kernel compiled.
 # Not Triton's interpreter, which takes a minute and a half.
-NEWEST := compat import launch operators moe weight_gradients head_ops attention_segment ahead_of_time \
-	block_ops expert_rows flash_attention fp8_mlp grouped_fp8 grouped_hopper grouped_mlp grouped_wgrad
+NEWEST := package/test_compat.py package/test_import.py triton_kernels ops moe/test_layer.py \
+	gradients blocks/test_attention_segment.py
 
 test-newest: extension ## some of the tests on the newest torch and Triton (5.5 GB, in .venv-newest)
 	.ci/prepare newest
 	PYTHONPATH=. .venv-newest/bin/python -m pytest -k "not interpreter" \
-		$(NEWEST:%=tests/test_%.py) $(ARGS)
+		$(NEWEST:%=tests/%) $(ARGS)
 
 lint: build/linters ## ruff and clang-format, without changing files
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	$(RUN) clang-format --dry-run -Werror $(wildcard csrc/*)
+	$(RUN) clang-format --dry-run -Werror $(SOURCES)
 
 format: build/linters ## let ruff and clang-format rewrite the files
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
-	$(RUN) clang-format -i $(wildcard csrc/*)
+	$(RUN) clang-format -i $(SOURCES)
 
 bench: extension ## time the exchange over a sweep of comm_sms (needs GPUs)
 	$(RUN) python bench/sm_split.py $(ARGS)

@@ -1,4 +1,4 @@
-"""Builds `dualpipe_ext._C`, torch-free: csrc/*.cu with nvcc, bindings.cpp with a C++ compiler.
+"""Builds `dualpipe_ext._C`, torch-free: csrc/*/*.cu with nvcc, bindings.cpp with a C++ compiler.
 
 Without a CUDA toolchain the package installs without its kernels, says what is missing, and runs on
 the reference backend. What was built, or why not, is kept in `dualpipe_ext/_build.json`.
@@ -29,6 +29,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 DEFAULT_CUDA_HOME = Path("/usr/local/cuda")
 
 # The first nvcc that knows each target. The "a" variants carry wgmma and setmaxnreg.
@@ -181,9 +182,9 @@ def plan_steps(tools: Toolchain, sources: list[Path], objects: Path, library: Pa
     """The compiler calls that make `library` from `sources`: one an object file, then the link."""
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in tools.archs]
     nvcc = [str(tools.nvcc), "-ccbin", tools.host_compiler, "-O3", "-std=c++17", "-lineinfo"]
-    nvcc += [*targets, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+    nvcc += [*targets, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", f"-I{CSRC}"]
     cxx = [tools.host_compiler, "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
-    cxx += [f"-isystem{include}" for include in tools.includes]
+    cxx += [f"-I{CSRC}", *(f"-isystem{include}" for include in tools.includes)]
     steps = []
     for source in sources:
         compiler = nvcc if source.suffix == ".cu" else cxx
@@ -311,7 +312,7 @@ class BuildCudaExtension(build_ext):
 
 
 if __name__ == "__main__":
-    kernels = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*.cu"))
+    kernels = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*/*.cu"))
     setup(
         ext_modules=[Extension("dualpipe_ext._C", sources=[*kernels, "csrc/bindings.cpp"])],
         cmdclass={"build_ext": BuildCudaExtension},

@@ -21,10 +21,10 @@ import triton
 from compute import SETS, environment, interleaved_medians, relative_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dualpipe_ext.flash_attention import flash_attention
-from dualpipe_ext.triton_kernels import attention_backward as backward_file
-from dualpipe_ext.triton_kernels import attention_backward_query as query_file
-from dualpipe_ext.triton_kernels import attention_forward as forward_file
+from dualpipe_ext.ops.attention import flash_attention
+from dualpipe_ext.triton_kernels.attention import backward as backward_file
+from dualpipe_ext.triton_kernels.attention import backward_query as query_file
+from dualpipe_ext.triton_kernels.attention import forward as forward_file
 
 ROUNDS = 21
 

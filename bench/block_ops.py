@@ -21,19 +21,19 @@ from dataclasses import dataclass, replace
 import torch
 from compute import ROUNDS, SETS, environment, interleaved_medians
 
-import dualpipe_ext.cross_entropy  # registers its operators
-import dualpipe_ext.fused_router  # noqa: F401, likewise
-from dualpipe_ext.block_ops import rotary_tables
-from dualpipe_ext.router import Router
-from dualpipe_ext.triton_kernels import (
+import dualpipe_ext.ops.cross_entropy  # registers its operators
+import dualpipe_ext.ops.route  # noqa: F401, likewise
+from dualpipe_ext.moe.router import Router
+from dualpipe_ext.ops.block_ops import rotary_tables
+from dualpipe_ext.triton_kernels.elementwise import (
     cross_entropy,
     cross_entropy_hopper,
     norm,
     rotary,
-    router_backward_hopper,
-    router_hopper,
     swiglu,
 )
+from dualpipe_ext.triton_kernels.routing import backward_hopper as router_backward_hopper
+from dualpipe_ext.triton_kernels.routing import logits_hopper as router_hopper
 
 ops = torch.ops.dualpipe_ext
 

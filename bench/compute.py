@@ -23,14 +23,16 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import triton
 
-from dualpipe_ext.grouped_mlp import mlp_forward
-from dualpipe_ext.triton_kernels import grouped_hopper, grouped_wgrad_hopper, tiles
-from dualpipe_ext.triton_kernels.grouped_gemm import grouped_gemm
-from dualpipe_ext.triton_kernels.grouped_hopper import LONG_STEPS, SHORT_STEPS, HopperConfig
-from dualpipe_ext.triton_kernels.grouped_swiglu import grouped_gate_up, grouped_swiglu_backward
-from dualpipe_ext.triton_kernels.grouped_wgrad import grouped_wgrad
-from dualpipe_ext.triton_kernels.grouped_wgrad_hopper import WgradConfig
-from dualpipe_ext.triton_kernels.tiles import TileConfig, is_hopper
+from dualpipe_ext.ops.grouped_mlp import mlp_forward
+from dualpipe_ext.triton_kernels.experts import gemm_hopper as grouped_hopper
+from dualpipe_ext.triton_kernels.experts import tiles
+from dualpipe_ext.triton_kernels.experts import wgrad_hopper as grouped_wgrad_hopper
+from dualpipe_ext.triton_kernels.experts.gemm import grouped_gemm
+from dualpipe_ext.triton_kernels.experts.gemm_hopper import LONG_STEPS, SHORT_STEPS, HopperConfig
+from dualpipe_ext.triton_kernels.experts.swiglu import grouped_gate_up, grouped_swiglu_backward
+from dualpipe_ext.triton_kernels.experts.tiles import TileConfig, is_hopper
+from dualpipe_ext.triton_kernels.experts.wgrad import grouped_wgrad
+from dualpipe_ext.triton_kernels.experts.wgrad_hopper import WgradConfig
 
 ROUNDS = 15
 SETS = 2

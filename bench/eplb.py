@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import eplb_layer
 
-from dualpipe_ext.eplb import POLICIES, measure_placement, rebalance_experts
-from tests.greedy_balancer import balance_greedily
+from dualpipe_ext.balance.eplb import POLICIES, measure_placement, rebalance_experts
+from tests.support.greedy_balancer import balance_greedily
 
 NUM_LAYERS, NUM_EXPERTS = 58, 256
 # num_replicas, num_groups, num_nodes, num_gpus

@@ -30,16 +30,16 @@ from compute import (
     sample,
 )
 
-from dualpipe_ext.grouped_fp8 import Fp8Weight
-from dualpipe_ext.triton_kernels.grouped_fp8 import (
+from dualpipe_ext.ops.grouped_fp8 import Fp8Weight
+from dualpipe_ext.triton_kernels.experts.fp8_gemm import (
     BACKWARD,
     FORWARD,
     Fp8Config,
     grouped_fp8_gemm,
 )
-from dualpipe_ext.triton_kernels.grouped_fp8_swiglu import swiglu, swiglu_backward
-from dualpipe_ext.triton_kernels.grouped_gemm import grouped_gemm
-from dualpipe_ext.triton_kernels.quantize import quantize_rows, quantize_weights
+from dualpipe_ext.triton_kernels.experts.fp8_swiglu import swiglu, swiglu_backward
+from dualpipe_ext.triton_kernels.experts.gemm import grouped_gemm
+from dualpipe_ext.triton_kernels.experts.quantize import quantize_rows, quantize_weights
 
 GEMMS = ("gate_up", "down", "d_gate_up", "drows")
 PASSES = {"forward": GEMMS[:2], "backward": GEMMS[2:]}

@@ -19,7 +19,8 @@ import torch
 from compute import environment
 
 from dualpipe_ext import MoELayer
-from dualpipe_ext.triton_kernels import grouped_hopper, swiglu
+from dualpipe_ext.triton_kernels.elementwise import swiglu
+from dualpipe_ext.triton_kernels.experts import gemm_hopper as grouped_hopper
 
 BATCH = 20  # calls between two looks at the clock
 

@@ -57,9 +57,9 @@ from ranks import (
     write_json,
 )
 
-from dualpipe_ext.recording import record_trace
-from dualpipe_ext.stage import WEIGHT_DELAYS
-from dualpipe_ext.trace import COMM_KERNELS, Overlap, Trace, measure_overlap, read_trace
+from dualpipe_ext.blocks.stage import WEIGHT_DELAYS
+from dualpipe_ext.trace.recording import record_trace
+from dualpipe_ext.trace.report import COMM_KERNELS, Overlap, Trace, measure_overlap, read_trace
 
 START = time.monotonic()
 MUCH_IDLE = 0.05  # of a pair, in its trace

@@ -15,11 +15,11 @@ from layer import SHAPES as LAYER_SHAPES
 from ranks import Stamp, in_another_order, line_up, local_device, slowest, time_in_turn
 
 from dualpipe_ext import Exchange, MoELayer
-from dualpipe_ext.attention import GroupedQueryAttention
-from dualpipe_ext.block import TransformerBlock
-from dualpipe_ext.exchange import CHANNELS
-from dualpipe_ext.overlap import OverlappedPair
-from dualpipe_ext.stage import WEIGHT_DELAYS, StageChunk, TransformerStage
+from dualpipe_ext.blocks.attention import GroupedQueryAttention
+from dualpipe_ext.blocks.block import TransformerBlock
+from dualpipe_ext.blocks.pair import OverlappedPair
+from dualpipe_ext.blocks.stage import WEIGHT_DELAYS, StageChunk, TransformerStage
+from dualpipe_ext.exchange.exchange import CHANNELS
 
 __all__ = [
     "FORMS",

@@ -51,13 +51,13 @@ from ranks import (
 )
 
 from dualpipe_ext import Exchange, MoELayer
-from dualpipe_ext.attention import GroupedQueryAttention
-from dualpipe_ext.block import TransformerBlock
-from dualpipe_ext.pipeline import Pipeline
-from dualpipe_ext.pipeline_step import Step
-from dualpipe_ext.schedule import Action, Pair, Schedule, build_schedule
-from dualpipe_ext.simulate import simulate
-from dualpipe_ext.stage import WEIGHT_DELAYS, TransformerStage
+from dualpipe_ext.blocks.attention import GroupedQueryAttention
+from dualpipe_ext.blocks.block import TransformerBlock
+from dualpipe_ext.blocks.stage import WEIGHT_DELAYS, TransformerStage
+from dualpipe_ext.pipeline.pipeline import Pipeline
+from dualpipe_ext.pipeline.schedule import Action, Pair, Schedule, build_schedule
+from dualpipe_ext.pipeline.simulate import simulate
+from dualpipe_ext.pipeline.step import Step
 
 KINDS = ("dualpipev", "dualpipe", "zbv", "1f1b")
 OPERATIONS = ("F", "B", "I", "W", "FB")

@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "exchange.h"
+#include "exchange/exchange.h"
 
 namespace py = pybind11;
 

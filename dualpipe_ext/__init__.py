@@ -2,7 +2,7 @@
 
 Importing it imports nothing, not even torch: a public name loads its module at its first use.
 The operators torch.ops.dualpipe_ext.* are registered by their modules. Before loading an exported
-program, `import dualpipe_ext.block`, which registers those of a block.
+program, `import dualpipe_ext.blocks.block`, which registers those of a block.
 """
 
 import sys
@@ -11,9 +11,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .attention import GroupedQueryAttention, LatentAttention
-    from .block import RoutedExperts, TransformerBlock
-    from .eplb import measure_placement, rebalance_experts
+    from .balance.eplb import measure_placement, rebalance_experts
+    from .balance.placement import ExpertPlacement
+    from .blocks.attention import GroupedQueryAttention, LatentAttention
+    from .blocks.block import RoutedExperts, TransformerBlock
+    from .blocks.pair import OverlappedPair
+    from .blocks.stage import TransformerStage
+    from .blocks.tune import Split, tune_split
     from .errors import (
         DualPipeError,
         ExchangeClosedError,
@@ -23,18 +27,14 @@ if TYPE_CHECKING:
         RowsOverflowError,
         UncheckedVersionWarning,
     )
-    from .exchange import Exchange
-    from .grouped_mlp import grouped_mlp
-    from .moe import MoELayer
-    from .optimizer_state import load_optimizer_state_dict, optimizer_state_dict
-    from .overlap import OverlappedPair
-    from .pipeline import Pipeline
-    from .placement import ExpertPlacement
-    from .recording import record_trace
-    from .routing import Plan
-    from .stage import TransformerStage
-    from .tune import Split, tune_split
-    from .weight_gradients import DelayedLinear
+    from .exchange.exchange import Exchange
+    from .exchange.plan import Plan
+    from .gradients.delayed import DelayedLinear
+    from .moe.checkpoint import load_optimizer_state_dict, optimizer_state_dict
+    from .moe.layer import MoELayer
+    from .ops.grouped_mlp import grouped_mlp
+    from .pipeline.pipeline import Pipeline
+    from .trace.recording import record_trace
 
 __version__ = "0.1.0"
 
@@ -69,23 +69,23 @@ __all__ = [
 ]
 
 _MODULES = {
-    "attention": "GroupedQueryAttention LatentAttention",
-    "block": "RoutedExperts TransformerBlock",
-    "eplb": "measure_placement rebalance_experts",
+    "blocks.attention": "GroupedQueryAttention LatentAttention",
+    "blocks.block": "RoutedExperts TransformerBlock",
+    "balance.eplb": "measure_placement rebalance_experts",
     "errors": "DualPipeError ExchangeClosedError KernelCompileError MissingKernelsWarning "
     "PeerTimeoutError RowsOverflowError UncheckedVersionWarning",
-    "exchange": "Exchange",
-    "grouped_mlp": "grouped_mlp",
-    "moe": "MoELayer",
-    "optimizer_state": "load_optimizer_state_dict optimizer_state_dict",
-    "overlap": "OverlappedPair",
-    "pipeline": "Pipeline",
-    "placement": "ExpertPlacement",
-    "recording": "record_trace",
-    "routing": "Plan",
-    "stage": "TransformerStage",
-    "tune": "Split tune_split",
-    "weight_gradients": "DelayedLinear",
+    "exchange.exchange": "Exchange",
+    "ops.grouped_mlp": "grouped_mlp",
+    "moe.layer": "MoELayer",
+    "moe.checkpoint": "load_optimizer_state_dict optimizer_state_dict",
+    "blocks.pair": "OverlappedPair",
+    "pipeline.pipeline": "Pipeline",
+    "balance.placement": "ExpertPlacement",
+    "trace.recording": "record_trace",
+    "exchange.plan": "Plan",
+    "blocks.stage": "TransformerStage",
+    "blocks.tune": "Split tune_split",
+    "gradients.delayed": "DelayedLinear",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -112,8 +112,8 @@ def _add_schedule(commands) -> None:
 
 
 def _run_schedule(options: argparse.Namespace) -> int:
-    from .schedule import build_schedule
-    from .simulate import Times, describe_simulation, save_plot, simulate
+    from .pipeline.schedule import build_schedule
+    from .pipeline.simulate import Times, describe_simulation, save_plot, simulate
 
     try:
         if options.fb is not None and options.comm_ratio is not None:
@@ -156,7 +156,7 @@ def _add_balance(commands) -> None:
 
 
 def _run_balance(options: argparse.Namespace) -> int:
-    from .eplb_report import balance, plot_balancing, read_loads, read_placement
+    from .balance.report import balance, plot_balancing, read_loads, read_placement
 
     try:
         found = balance(
@@ -214,7 +214,7 @@ def _add_trace(commands) -> None:
 
 
 def _run_trace(options: argparse.Namespace) -> int:
-    from .trace import COMM_KERNELS, measure_overlap, read_trace
+    from .trace.report import COMM_KERNELS, measure_overlap, read_trace
 
     try:
         comm = COMM_KERNELS if options.comm is None else options.comm

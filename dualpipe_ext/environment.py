@@ -157,7 +157,7 @@ def _try_extension() -> dict:
 
 
 def _choose_backend(world_size: int) -> dict:
-    from .backend import choose_backend
+    from .ranks.backend import choose_backend
 
     name, reason = choose_backend("auto", torch.device("cuda"), world_size)
     return {"name": name, "reason": reason}

@@ -26,15 +26,15 @@ from train_moe import ProgressBar, count_cores, draw_batch, read_text, synchroni
 from train_moe import TimedExchange as TimedCalls
 
 from dualpipe_ext import Exchange, MoELayer
-from dualpipe_ext.attention import GroupedQueryAttention
-from dualpipe_ext.block import TransformerBlock
-from dualpipe_ext.pipeline import Pipeline
-from dualpipe_ext.recording import record_trace
-from dualpipe_ext.schedule import build_schedule
-from dualpipe_ext.simulate import draw_text, simulate
-from dualpipe_ext.stage import TransformerStage
-from dualpipe_ext.trace import measure_overlap, read_trace
-from dualpipe_ext.weight_gradients import DelayedLinear
+from dualpipe_ext.blocks.attention import GroupedQueryAttention
+from dualpipe_ext.blocks.block import TransformerBlock
+from dualpipe_ext.blocks.stage import TransformerStage
+from dualpipe_ext.gradients.delayed import DelayedLinear
+from dualpipe_ext.pipeline.pipeline import Pipeline
+from dualpipe_ext.pipeline.schedule import build_schedule
+from dualpipe_ext.pipeline.simulate import draw_text, simulate
+from dualpipe_ext.trace.recording import record_trace
+from dualpipe_ext.trace.report import measure_overlap, read_trace
 
 VOCABULARY = 256  # bytes
 

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from dualpipe_ext.triton_kernels import available
-from tests.workers import WorkerPool
+from dualpipe_ext.triton_kernels.launch import available
+from tests.support.workers import WorkerPool
 
 # Kernels of eight virtual ranks wait for each other: none may queue behind another's stream.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")

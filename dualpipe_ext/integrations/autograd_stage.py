@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
-from ..overlap import OverlappedPair
-from ..stage import StageChunk, TransformerStage
+from ..blocks.pair import OverlappedPair
+from ..blocks.stage import StageChunk, TransformerStage
 
 __all__ = ["AutogradStage", "find_run", "gradients_from_loss"]
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..overlap import OverlappedPair
-from ..stage import TransformerStage
+from ..blocks.pair import OverlappedPair
+from ..blocks.stage import TransformerStage
 from .autograd_stage import AutogradStage, find_run, gradients_from_loss
 
 __all__ = ["DualPipeStage"]

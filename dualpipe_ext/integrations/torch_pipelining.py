@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..overlap import OverlappedPair
-from ..stage import TransformerStage
+from ..blocks.pair import OverlappedPair
+from ..blocks.stage import TransformerStage
 from .autograd_stage import AutogradStage, find_run, gradients_from_loss
 
 __all__ = ["PipelinedStage", "overlap_pairs"]
@@ -62,7 +62,7 @@ def overlap_pairs(schedule) -> None:
     except ImportError as error:
         raise ImportError(
             "torch.distributed.pipelining has no OVERLAP_F_B here: update torch, or "
-            "use dualpipe_ext.pipeline.Pipeline"
+            "use dualpipe_ext.Pipeline"
         ) from error
     for stage in schedule._stages:
         if not isinstance(stage.submod, PipelinedStage):

@@ -1,0 +1,299 @@
+"""The router: which K of the E experts a token goes to, and with which weight.
+
+Letters: T tokens of this rank, H hidden, E experts, K experts a token, G groups of experts.
+
+Two kinds:
+
+- ``"softmax"``: probabilities over all experts, the K largest, renormalised to sum to 1 (Mixtral,
+  arXiv 2401.04088; without renormalisation Switch Transformer, arXiv 2101.03961).
+- ``"sigmoid"``: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): independent scores, a bias per
+  expert that only takes part in the selection and is moved after each step towards balance, and
+  experts limited to a few groups.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.operator import autocast_off, check_num_sms
+
+__all__ = ["Router", "Routes", "balance_loss", "count_tokens"]
+
+
+class Routes(NamedTuple):
+    """What a router decides for this rank's tokens.
+
+    ``topk_idx``           [T, K] int32, the experts of a token, best first; -1 = route dropped
+    ``topk_weight``        [T, K] fp32 (fp64 for fp64 input), carries the router's gradient
+    ``aux_loss``           scalar, 1 when choice and probability are uniform over the experts
+    ``tokens_per_expert``  [E] int64, this rank's routes to every expert
+    """
+
+    topk_idx: Tensor
+    topk_weight: Tensor
+    aux_loss: Tensor
+    tokens_per_expert: Tensor
+
+
+class Router(nn.Module):
+    """A linear gate with top-k selection; the arithmetic is fp32 whatever the dtype of ``x``.
+
+    Two experts with equal scores: the one with the lower index wins, on every device.
+
+    Parameters and buffers: ``weight`` [E, H]; for ``"sigmoid"`` also ``bias`` [E] fp32, a
+    buffer that keeps its dtype when the model is cast: from 0.25 on, a step of 0.001 is no more
+    than half a bf16 ulp and would be lost.
+
+    Args:
+        kind: ``"softmax"`` or ``"sigmoid"``.
+        renormalize: divide a token's K weights by their sum. With K = 1 that makes the weight a
+            constant 1 and leaves the router only the auxiliary loss to learn from: pass False
+            there, as Switch Transformer does.
+        n_groups, topk_groups: for ``"sigmoid"``: experts stand in ``n_groups`` equal runs, a group
+            scores the sum of its two best biased scores, and a token may use the experts of the
+            ``topk_groups`` best groups only (None = all).
+        route_scale: factor on the weights (DeepSeek-V3: 2.5).
+        bias_update_rate: step of :meth:`update_bias` (DeepSeek-V3: 0.001).
+        implementation: "triton": on a GPU one or two kernels make logits, scores and choice
+            (:mod:`~dualpipe_ext.ops.route`) for H a multiple of 8, up to 512 experts and K up to
+            32; "torch": a kernel for every step, which a subclass that overrides :meth:`select`
+            gets in any case; "auto": the first for bf16 and up to 256 experts on a Hopper GPU. The
+            two round differently: experts whose scores differ by less than about 1e-6 may change
+            places. On Hopper the gradients of weight and x are products of d_logits rounded to
+            bf16: the weight's is off by 0.17 %, and dx in bf16 by 0.3 % where "torch" rounds it
+            once, 0.17 %.
+        num_sms: SMs that the kernels may take, None = all; an attribute that may change any time.
+        dtype: of ``weight``. With bf16 the kernels on Hopper have half as much to multiply.
+
+    Raises:
+        ValueError: an unknown kind, K > E, or groups that do not divide E or leave fewer than K
+            experts.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        num_experts: int,
+        topk: int,
+        *,
+        kind: str = "softmax",
+        renormalize: bool = True,
+        n_groups: int = 1,
+        topk_groups: int | None = None,
+        route_scale: float = 1.0,
+        bias_update_rate: float = 0.001,
+        implementation: str = "auto",
+        num_sms: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        topk_groups = n_groups if topk_groups is None else topk_groups
+        _check_arguments(kind, num_experts, topk, n_groups, topk_groups)
+        self.hidden, self.num_experts, self.topk, self.kind = hidden, num_experts, topk, kind
+        self.renormalize, self.route_scale = renormalize, route_scale
+        self.n_groups, self.topk_groups = n_groups, topk_groups
+        if implementation not in ("auto", "torch", "triton"):
+            raise ValueError(
+                f'implementation={implementation!r}: choose "auto", "torch" or "triton"'
+            )
+        self.bias_update_rate = bias_update_rate
+        self.implementation, self.num_sms = implementation, num_sms
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=dtype, device=device))
+        bias = None
+        if kind == "sigmoid":
+            bias = torch.empty(num_experts, dtype=torch.float32, device=device)
+        self.register_buffer("bias", bias)
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
+        """Draws ``weight`` from a normal distribution and sets ``bias`` to zero."""
+        with torch.no_grad():
+            self.weight.normal_(0.0, std, generator=generator)
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Routes:
+        """Routes ``x`` [T, H] of any floating dtype. T = 0 is legal; the loss is then 0."""
+        with autocast_off(x.device.type):
+            if self.takes_kernel(x):
+                return self._fused(x)
+            math_dtype = torch.promote_types(x.dtype, torch.float32)
+            logits = F.linear(x.to(math_dtype), self.weight.to(math_dtype))
+            if self.kind == "softmax":
+                scores = probability = logits.softmax(dim=-1)
+                topk_idx = self.select(logits)  # the same order, without ties from underflow
+            else:
+                scores = logits.sigmoid()
+                probability = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+                topk_idx = self.select(scores)
+            weight = scores.gather(1, topk_idx)
+            if self.renormalize:
+                weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
+            tokens_per_expert = count_tokens(topk_idx, self.num_experts)
+            aux_loss = balance_loss(probability, tokens_per_expert)
+        return Routes(topk_idx.int(), weight * self.route_scale, aux_loss, tokens_per_expert)
+
+    def takes_kernel(self, x: Tensor) -> bool:
+        """Whether x [T, H] is routed by `fused_router`."""
+        if torch.promote_types(x.dtype, torch.float32) != torch.float32:
+            return False
+        if self.implementation == "torch" or type(self).select is not Router.select:
+            return False
+        if self.implementation == "triton":
+            return True
+        from ..ops.route import fits_hopper
+
+        return fits_hopper(x, self.weight, self.topk, self.n_groups)
+
+    def _fused(self, x: Tensor) -> Routes:
+        from ..ops.route import route_operator
+
+        routed = route_operator(x, self.kernel_weight(), self.bias, *self.kernel_options())
+        topk_weight, probability_sum, topk_idx, tokens_per_expert, _ = routed
+        products = (probability_sum * tokens_per_expert).sum()
+        aux_loss = products * self.loss_factor(x.shape[0])
+        return Routes(topk_idx, topk_weight, aux_loss, tokens_per_expert)
+
+    def kernel_weight(self) -> Tensor:
+        """In a dtype that `fused_router` takes."""
+        return self.weight if self.weight.dtype == torch.bfloat16 else self.weight.float()
+
+    def kernel_options(self) -> tuple:
+        """Of `fused_router.route_operator`, behind the bias."""
+        groups = self.n_groups, self.topk_groups
+        num_sms = check_num_sms(self.num_sms)
+        return self.topk, self.renormalize, *groups, self.route_scale, num_sms
+
+    def loss_factor(self, num_tokens: int) -> float:
+        """Of sum(probability_sum * tokens_per_expert) in the balance loss, T * K routes known."""
+        return self.num_experts / max(num_tokens**2 * self.topk, 1)
+
+    @torch.no_grad()
+    def select(self, scores: Tensor) -> Tensor:
+        """The K experts of every token, [T, K] int64, from ``scores`` [T, E]; outside autograd.
+
+        A stable sort and not ``torch.topk``, which may return any of several equal scores.
+        With E = 4, K = 2 and scores ``[.2, .3, .3, .2]`` the answer is ``[1, 2]``.
+        """
+        return select_experts(scores, self.bias, self.topk, self.n_groups, self.topk_groups)
+
+    @torch.no_grad()
+    def update_bias(self, tokens_per_expert: Tensor) -> None:
+        """Moves the selection bias by ``bias_update_rate`` towards balance, without a loss.
+
+        ``tokens_per_expert`` [E]: the routes since the last call, **summed over all ranks** by the
+        caller, so that the replicated bias stays equal everywhere. Call it once per optimizer step.
+        An expert above the mean goes down, one below goes up, one at the mean stays: counts
+        ``[4, 0, 2, 2]`` and rate 0.001 add ``[-.001, .001, 0, 0]`` (arXiv 2408.15664).
+
+        Raises:
+            RuntimeError: the router has no bias (kind "softmax").
+            ValueError: the counts are not [E].
+        """
+        if self.bias is None:
+            raise RuntimeError(
+                f"a {self.kind!r} router has no bias: use kind 'sigmoid' for bias balancing"
+            )
+        if tokens_per_expert.shape != self.bias.shape:
+            raise ValueError(
+                f"tokens_per_expert has shape {tuple(tokens_per_expert.shape)}, this router has "
+                f"{self.num_experts} experts: pass one count for each, [{self.num_experts}]"
+            )
+        count = tokens_per_expert.to(self.bias.device)
+        direction = (count.sum() - count * self.num_experts).sign()
+        self.bias.add_(direction.to(self.bias.dtype), alpha=self.bias_update_rate)
+
+    def _apply(self, fn, recurse: bool = True):
+        bias = self.bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.bias.dtype != bias.dtype:
+            self.bias = bias.to(self.bias.device)
+        return self
+
+    def extra_repr(self) -> str:
+        groups = f", {self.topk_groups} of {self.n_groups} groups" if self.n_groups > 1 else ""
+        return f"{self.kind}, hidden={self.hidden}, top-{self.topk} of {self.num_experts}{groups}"
+
+
+def count_tokens(topk_idx: Tensor, num_experts: int) -> Tensor:
+    """[E] int64: how many routes of ``topk_idx`` [T, K] go to each expert; -1 is not counted.
+
+    With E = 3, ``[[0, 2], [2, -1]]`` counts ``[1, 0, 2]``. No host wait (``torch.bincount`` has
+    one), and integer sums are the same in any order.
+    """
+    column = torch.where(topk_idx < 0, num_experts, topk_idx).long().flatten()
+    count = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_idx.device)
+    return count.scatter_add_(0, column, torch.ones_like(column))[:num_experts]
+
+
+def balance_loss(probability: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """E * sum over experts of f_e * P_e: 1 when uniform, E when one expert gets everything.
+
+    f_e, the share of the routes that go to expert e, is a constant to autograd; P_e, the mean
+    ``probability`` [T, E] of e over the tokens, carries the gradient (Switch Transformer, eq. 4
+    to 6; GShard, arXiv 2006.16668). Only this rank's tokens count. With no tokens it is 0, still
+    part of the graph, so that every rank runs the same backward.
+    """
+    mean_probability = probability.sum(dim=0) / max(probability.shape[0], 1)
+    count = tokens_per_expert.to(mean_probability.dtype)
+    share = count / count.sum().clamp_min(1)
+    return len(count) * (share * mean_probability).sum()
+
+
+def select_experts(
+    scores: Tensor, bias: Tensor | None, topk: int, n_groups: int, topk_groups: int
+) -> Tensor:
+    """What :meth:`Router.select` does, [T, K] int64."""
+    if bias is not None:
+        scores = scores + bias
+    if topk_groups < n_groups:
+        scores = _keep_best_groups(scores, n_groups, topk_groups)
+    return _descending_order(scores)[:, :topk]
+
+
+def _keep_best_groups(scores: Tensor, n_groups: int, topk_groups: int) -> Tensor:
+    """``scores`` [T, E] with -inf outside the token's ``topk_groups`` best groups."""
+    grouped = scores.unflatten(1, (n_groups, -1))  # [T, G, E/G]
+    best_two = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+    dropped = _descending_order(best_two)[:, topk_groups:]
+    mask = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, dropped, True)
+    return grouped.masked_fill(mask.unsqueeze(-1), -torch.inf).flatten(1)
+
+
+def _descending_order(scores: Tensor) -> Tensor:
+    return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
+def _check_arguments(kind, num_experts, topk, n_groups, topk_groups) -> None:
+    if kind not in ("softmax", "sigmoid"):
+        raise ValueError(f"router kind {kind!r} is unknown: use 'softmax' or 'sigmoid'")
+    if not 1 <= topk <= num_experts:
+        raise ValueError(
+            f"topk={topk} is outside 1..{num_experts}: choose at most num_experts={num_experts} "
+            "experts a token"
+        )
+    if kind == "softmax" and n_groups != 1:
+        raise ValueError(
+            f"n_groups={n_groups} is for kind 'sigmoid', 'softmax' has 1 group: pass n_groups=1"
+        )
+    if n_groups < 1 or num_experts % n_groups:
+        raise ValueError(
+            f"num_experts={num_experts} does not split into n_groups={n_groups} equal groups: "
+            f"choose a divisor of {num_experts}"
+        )
+    if not 1 <= topk_groups <= n_groups:
+        raise ValueError(
+            f"topk_groups={topk_groups} is outside 1..{n_groups}: choose at most "
+            f"n_groups={n_groups}"
+        )
+    reachable = topk_groups * (num_experts // n_groups)
+    if topk > reachable:
+        raise ValueError(
+            f"topk={topk} exceeds the {reachable} experts in topk_groups={topk_groups} groups: "
+            f"lower topk to {reachable} or raise topk_groups"
+        )

@@ -1,0 +1,399 @@
+"""Exact attention in tiles, forward and backward, on a given number of SMs.
+
+Letters: B sequences, N query heads, G key/value heads, S positions, T positions of all packed
+sequences, D width of queries and keys, V width of values.
+
+    s = scale · q kᵀ          out = softmax(s) v          lse = log Σ exp s
+
+FlashAttention (arXiv 2205.14135, 2307.08691, 2407.08608). Two implementations compute the same:
+Gluon kernels on Hopper GPUs, and plain torch, which holds one head's scores at a time, anywhere.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..compat import constant_in_graphs
+from .operator import define, device_facts, has_gluon, without_autocast, without_missing_kernels
+
+__all__ = ["flash_attention", "runs_as_kernels"]
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+DTYPES = (torch.bfloat16, torch.float16)
+WIDTHS = ((64, 64), (128, 128), (192, 128))  # (D, V) that the kernels take
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    num_sms: int | None = None,
+    deterministic: bool = False,
+    implementation: str = "auto",
+) -> Tensor:
+    """softmax(scale · q kᵀ) v, differentiable in q, k and v.
+
+    q               [B, N, S_q, D], or packed sequences one after the other, [T_q, N, D]
+    k, v            [B, G, S_k, D], [B, G, S_k, V], or [T_k, G, D], [T_k, G, V]; N a multiple of G,
+                    head n of q uses head n // (N / G)
+    causal          query i sees keys up to i + S_k − S_q: the last query sees all keys
+    scale           positive; None is D ** −0.5
+    cu_seqlens_*    [B + 1] int32 on q's device: first row of each packed sequence and the end of
+                    the last, rising from 0. The host does not read them on the GPU. Rows past the
+                    end are not read; out and the gradients are 0 there.
+    num_sms         SMs that the kernels of both passes may take, at run time; None takes all
+    deterministic   the backward gives the same bits in every run, at seven matrix products instead
+                    of five; otherwise only dq depends on the order in which tiles finish
+    implementation  "triton", "reference", or "auto": Triton for bf16 and fp16 on a Hopper GPU with
+                    (D, V) one of (64, 64), (128, 128), (192, 128), else the reference
+
+    Returns out [B, N, S_q, V] with the heads of a position side by side in memory, or [T_q, N, V].
+    A query that sees no key gets 0.
+
+    Raises TypeError or ValueError naming the value, the limit and the remedy.
+    """
+    scale = None if scale is None else float(scale)
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, num_sms, implementation)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return forward_operator(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms or 0, deterministic,
+        implementation,
+    )[0]  # fmt: skip
+
+
+def runs_as_kernels(q: Tensor, widths: tuple[int, int]) -> bool:
+    """Whether `flash_attention` computes queries like q, with (D, V) of `widths`, by its kernels
+    where the choice is its own."""
+    return q.is_cuda and q.dtype in DTYPES and widths in WIDTHS and _takes_kernels(q.device)
+
+
+# ---- Checks ----
+
+
+def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, num_sms, implementation) -> None:
+    packed = cu_seqlens_q is not None
+    if packed != (cu_seqlens_k is not None):
+        raise ValueError("only one of cu_seqlens_q and cu_seqlens_k is given: pass both or none")
+    wanted = "[T, heads, width]" if packed else "[B, heads, S, width]"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != (3 if packed else 4):
+            hint = "" if packed else ", or cu_seqlens_q and cu_seqlens_k for packed sequences"
+            raise ValueError(f"{name} has {x.dim()} dimensions: pass {wanted}{hint}")
+        if x.dtype != q.dtype or not x.dtype.is_floating_point:
+            raise TypeError(
+                f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: pass one floating-point dtype"
+            )
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}: move it there")
+        if 0 in (x.shape[-1], x.shape[1]):
+            raise ValueError(f"{name} is {tuple(x.shape)}: pass at least one head and one column")
+    if (
+        k.shape[:-1] != v.shape[:-1]
+        or q.shape[-1] != k.shape[-1]
+        or (not packed and q.shape[0] != k.shape[0])
+    ):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: pass "
+            f"{wanted}, k as wide as q, v as long as k"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads: "
+            "give every key head the same number of query heads"
+        )
+    if packed:
+        _check_starts(q, cu_seqlens_q, cu_seqlens_k)
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale={scale}: pass a positive number, or None for D ** -0.5")
+    if num_sms is not None and (not isinstance(num_sms, int) or num_sms < 1):
+        raise ValueError(f"num_sms={num_sms!r}: pass an int of at least 1, or None for all SMs")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: pass one of {IMPLEMENTATIONS}")
+
+
+def _check_starts(q, cu_seqlens_q, cu_seqlens_k) -> None:
+    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if starts.dtype != torch.int32:
+            raise TypeError(f"{name} is {starts.dtype}: pass torch.int32")
+        if starts.dim() != 1 or starts.shape[0] < 2 or starts.shape != cu_seqlens_q.shape:
+            raise ValueError(
+                f"{name} is {tuple(starts.shape)}: pass ({cu_seqlens_q.shape[0]},), the first row "
+                "of each of at least one sequence and the end of the last, as many for k as for q"
+            )
+        if starts.device != q.device:
+            raise ValueError(f"{name} is on {starts.device}, q on {q.device}: move it there")
+        if not starts.is_contiguous():
+            raise ValueError(f"{name} has stride {starts.stride()}: pass it contiguous")
+
+
+# ---- Plain torch: the oracle, and the path without a Hopper GPU ----
+
+
+def _spans(x: Tensor, starts: Tensor, name: str) -> list[tuple[int, int]]:
+    """First and end row of each sequence, on the host."""
+    rows = starts.tolist()
+    spans = list(pairwise(rows))
+    if rows[0] != 0 or rows[-1] > x.shape[0] or any(a > b for a, b in spans):
+        raise ValueError(
+            f"{name}={rows}: pass rising numbers from 0 to at most the {x.shape[0]} rows there are"
+        )
+    return spans
+
+
+def _heads(q, k, v, lse, starts_q, starts_k, *more) -> Iterator[tuple[Tensor, ...]]:
+    """One query head of one sequence after the other, with its key head: views [S, width].
+
+    `more` are pairs (x, "q" or "k") to be cut in the same way.
+    """
+    if starts_q is None:
+        places = [(b, slice(None), slice(None)) for b in range(q.shape[0])]
+    else:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        more = [(x.transpose(0, 1)[None], like) for x, like in more]
+        lse = lse[None]
+        spans = zip(_spans(q[0, 0], starts_q, "cu_seqlens_q"),
+                    _spans(k[0, 0], starts_k, "cu_seqlens_k"), strict=True)  # fmt: skip
+        places = [(0, slice(*a), slice(*b)) for a, b in spans]
+    share = q.shape[1] // k.shape[1]
+    for b, rows_q, rows_k in places:
+        for n in range(q.shape[1]):
+            g = n // share
+            cut = (x[b, n, rows_q] if like == "q" else x[b, g, rows_k] for x, like in more)
+            yield q[b, n, rows_q], k[b, g, rows_k], v[b, g, rows_k], lse[b, n, rows_q], *cut
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    s = q.to(wide) @ k.to(wide).T * scale
+    if causal:
+        hidden = torch.ones_like(s, dtype=torch.bool).triu(k.shape[0] - q.shape[0] + 1)
+        s.masked_fill_(hidden, -torch.inf)
+    return s
+
+
+def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
+    """0 in the rows of queries that see nothing, whose lse is -inf."""
+    return torch.exp(s - torch.where(lse == -torch.inf, torch.inf, lse)[:, None])
+
+
+@without_autocast
+def _reference_forward(q, k, v, starts_q, starts_k, causal, scale, out, lse) -> None:
+    if starts_q is not None:
+        out.zero_()
+    for q1, k1, v1, lse1, out1 in _heads(q, k, v, lse, starts_q, starts_k, (out, "q")):
+        s = _scores(q1, k1, causal, scale)
+        lse1.copy_(s.logsumexp(1))
+        out1.copy_(_probabilities(s, lse1) @ v1.to(s.dtype))
+
+
+@without_autocast
+def _reference_backward(
+    d_out, q, k, v, out, lse, starts_q, starts_k, causal, scale, dq, dk, dv
+) -> None:
+    wide = lse.dtype
+    dq.zero_()
+    # Heads that share keys add up before they are rounded.
+    dk_sum, dv_sum = (torch.zeros_like(x, dtype=wide) for x in (dk, dv))
+    more = ((d_out, "q"), (out, "q"), (dq, "q"), (dk_sum, "k"), (dv_sum, "k"))
+    cut = _heads(q, k, v, lse, starts_q, starts_k, *more)
+    for q1, k1, v1, lse1, d_out1, out1, dq1, dk1, dv1 in cut:
+        p = _probabilities(_scores(q1, k1, causal, scale), lse1)
+        d_out1 = d_out1.to(wide)
+        delta = (d_out1 * out1.to(wide)).sum(1, keepdim=True)
+        ds = p * (d_out1 @ v1.to(wide).T - delta) * scale
+        dq1.copy_(ds @ k1.to(wide))
+        dk1 += ds.T @ q1.to(wide)
+        dv1 += p.T @ d_out1
+    dk.copy_(dk_sum)
+    dv.copy_(dv_sum)
+
+
+# ---- Choice of the implementation ----
+
+
+@constant_in_graphs
+def _takes_kernels(device: torch.device) -> bool:
+    return device_facts(device)[1][0] == 9 and has_gluon()
+
+
+def _use_kernels(q: Tensor, v: Tensor, implementation: str) -> bool:
+    widths = (q.shape[-1], v.shape[-1])
+    if implementation != "triton":
+        return implementation == "auto" and runs_as_kernels(q, widths)
+    if not q.is_cuda:
+        problem = f"tensors on {q.device}: it needs a Hopper GPU"
+    elif device_facts(q.device)[1][0] != 9:
+        problem = f"compute capability {device_facts(q.device)[1][0]}.x: it needs a Hopper GPU, 9.0"
+    elif q.dtype not in DTYPES:
+        problem = f"{q.dtype}: it takes torch.bfloat16 and torch.float16"
+    elif widths not in WIDTHS:
+        problem = f"(D, V) = {widths}: it takes {', '.join(map(str, WIDTHS))}; pad the heads"
+    else:
+        return True
+    raise ValueError(f"implementation='triton' with {problem}, or pass implementation='auto'")
+
+
+def _rows(x: Tensor, packed: bool) -> Tensor:
+    """x as [B, heads, S, width] that TMA can read: copied if its strides do not allow that."""
+    *outer, last = x.stride()
+    fits = last == 1 and x.data_ptr() % 16 == 0
+    fits = fits and all(s and s % 8 == 0 for s, n in zip(outer, x.shape, strict=False) if n > 1)
+    x = x if fits else x.clone(memory_format=torch.contiguous_format)
+    return x.transpose(0, 1)[None] if packed else x
+
+
+def _num_sms(x: Tensor, num_sms: int) -> int:
+    return num_sms or device_facts(x.device)[0]
+
+
+# ---- Operators ----
+
+
+def _empty_like(x: Tensor, width: int, packed: bool) -> Tensor:
+    """[..., width], the heads of a position side by side: out's projection needs no copy."""
+    if packed:
+        return x.new_empty(*x.shape[:-1], width)
+    B, N, S, _ = x.shape
+    return x.new_empty(B, S, N, width).transpose(1, 2)
+
+
+def _forward_outputs(q: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
+    return _empty_like(q, v.shape[-1], packed), q.new_empty(shape, dtype=wide)
+
+
+def _forward(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms, deterministic, implementation
+):
+    packed = cu_seqlens_q is not None
+    out, lse = _forward_outputs(q, v, packed)
+    starts = (cu_seqlens_q, cu_seqlens_k)
+    if not _use_kernels(q, v, implementation):
+        _reference_forward(q, k, v, *starts, causal, scale, out, lse)
+    elif not k.numel():
+        out.zero_()
+        lse.fill_(-torch.inf)
+    elif q.numel():
+        from ..triton_kernels.attention.delta import clear_tail
+        from ..triton_kernels.attention.forward import attention_forward
+
+        sms = _num_sms(q, num_sms)
+        rows = [_rows(x, packed) for x in (q, k, v, out)]
+        attention_forward(*rows, lse, *starts, causal=causal, scale=scale, num_sms=sms)
+        if packed:
+            clear_tail(out, cu_seqlens_q, num_sms=sms)
+    return out, lse
+
+
+def _forward_fake(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms, deterministic, implementation
+):
+    return _forward_outputs(q, v, cu_seqlens_q is not None)
+
+
+def _backward(d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *how):
+    packed = cu_seqlens_q is not None
+    gradients = tuple(_empty_like(x, x.shape[-1], packed) for x in (q, k, v))
+    backward_into(gradients, d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *how)
+    return gradients
+
+
+@without_missing_kernels
+def backward_into(
+    gradients, d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms,
+    deterministic, implementation,
+):  # fmt: skip
+    """The backward operator, into tensors of the caller's: at multiples of 16 bytes, with strides
+    that are multiples of 8, but for the last, which is 1."""
+    packed = cu_seqlens_q is not None
+    starts = (cu_seqlens_q, cu_seqlens_k)
+    dq, dk, dv = gradients
+    if not _use_kernels(q, v, implementation):
+        _reference_backward(d_out, q, k, v, out, lse, *starts, causal, scale, dq, dk, dv)
+    elif not q.numel() or not k.numel():
+        for x in gradients:
+            x.zero_()
+    else:
+        rows = [_rows(x, packed) for x in (q, k, v, d_out, out, dq, dk, dv)]
+        for x, written in zip(gradients, rows[5:], strict=True):
+            if x.data_ptr() != written.data_ptr():
+                raise ValueError(
+                    f"a gradient starts at {x.data_ptr():#x} with strides {x.stride()}: pass "
+                    "multiples of 16 bytes and of 8"
+                )
+        how = dict(causal=causal, scale=scale, num_sms=_num_sms(q, num_sms))
+        _backward_kernels(*rows, lse, *starts, deterministic, how)
+        if packed:
+            from ..triton_kernels.attention.delta import clear_tail
+
+            for x, ends in ((dq, cu_seqlens_q), (dk, cu_seqlens_k), (dv, cu_seqlens_k)):
+                clear_tail(x, ends, num_sms=how["num_sms"])
+
+
+def _backward_kernels(
+    q, k, v, d_out, out, dq, dk, dv, lse, starts_q, starts_k, deterministic, how
+) -> None:
+    from dataclasses import replace
+
+    from ..triton_kernels.attention.backward import BACKWARD, attention_backward
+    from ..triton_kernels.attention.backward_query import query_gradient
+    from ..triton_kernels.attention.delta import finish_query_gradient, prepare, scratch_rows
+
+    D, V = q.shape[3], v.shape[3]
+    config = BACKWARD[D, V]
+    config = replace(config, fused=config.fused and not deterministic)
+    count = scratch_rows(q, starts_q)
+    lse_rows, delta = lse.new_empty(count), lse.new_empty(count)
+    dq_sum = lse.new_empty(count, D) if config.fused else None
+    sms = how["num_sms"]
+    prepare(out, d_out, lse, starts_q, lse_rows, delta, dq_sum, num_sms=sms)
+    scratch = (lse_rows, delta)
+    attention_backward(
+        q, k, v, d_out, *scratch, dk, dv, dq_sum, starts_q, starts_k, config=config, **how
+    )
+    if config.fused:
+        finish_query_gradient(dq_sum, dq, starts_q, scale=how["scale"], num_sms=sms)
+    else:
+        query_gradient(q, k, v, d_out, *scratch, dq, starts_q, starts_k, **how)
+
+
+def _backward_fake(d_out, q, k, v, out, lse, cu_seqlens_q, *rest):
+    packed = cu_seqlens_q is not None
+    return tuple(_empty_like(x, x.shape[-1], packed) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.how = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+
+
+def _autograd_backward(ctx, d_out, _d_lse):
+    gradients = _backward_operator(d_out, *ctx.saved_tensors, *ctx.how)
+    return *gradients, *(None,) * (2 + len(ctx.how))
+
+
+_HOW = "bool causal, float scale, int num_sms, bool deterministic, str implementation"
+_STARTS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+forward_operator = define(
+    f"flash_attention_forward(Tensor q, Tensor k, Tensor v, {_STARTS}, {_HOW}) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _autograd_backward,
+    _setup_context,
+)
+_backward_operator = define(
+    "flash_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor lse, {_STARTS}, {_HOW}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)

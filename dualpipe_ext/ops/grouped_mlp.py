@@ -1,0 +1,518 @@
+"""The experts' MLP over rows in expert order: forward, input gradients and weight gradients apart.
+
+Letters: R rows in expert order, H hidden, I expert width, L local experts.
+
+    gate, up = rows @ w13[l].T          w13 [L, 2I, H], rows 0..I-1 gate, I..2I-1 up
+    act      = silu(gate) * up * row_weight[:, None]
+    out      = act @ w2[l].T            w2 [L, H, I]
+
+Sums are fp32 (fp64 for fp64 inputs). The routing weight is part of the activation, so that combine
+is a plain sum. Two implementations compute the same: Triton on the GPU, and a loop over experts in
+plain torch anywhere.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .fp8 import dequantize_rows
+from .grouped_reference import reference_dgrad, reference_forward, reference_wgrad
+from .operator import define, device_facts, has_triton
+
+if TYPE_CHECKING:
+    from .grouped_fp8 import Fp8Saved
+
+__all__ = ["MLPSaved", "grouped_mlp", "mlp_dgrad", "mlp_forward", "mlp_wgrad"]
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+
+
+def grouped_mlp(
+    rows: torch.Tensor,
+    row_weight: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    *,
+    num_sms: int | None = None,
+    take_over: bool = False,
+    implementation: str = "auto",
+    precision: str = "bf16",
+) -> torch.Tensor:
+    """SwiGLU MLP of each expert on its rows; differentiable in rows, row_weight, w13 and w2.
+
+    rows            [R, H] in expert order; rows that pad an expert to the alignment are zero
+    row_weight      [R] fp32 routing weight of each row (fp64 beside fp64 rows)
+    w13, w2         [L, 2I, H], [L, H, I], contiguous, dtype of rows; H and I multiples of 8
+    expert_offsets  [L + 1] int32 on the device of rows: first row of each expert, multiples of 128,
+                    last <= R. The host does not read it on the Triton path.
+    num_sms         SMs that the kernels may take, at run time; None takes all
+    take_over       for kernels that start beside communication: programs draw their tiles instead
+                    of having equal shares, so that one which starts late, on an SM that
+                    communication held, takes what is left. Leave num_sms out: programs wait for
+                    all SMs, and where none comes free nothing waits for them. The same bits.
+                    (Hopper and bf16 or fp16; other kernels have equal shares.)
+    implementation  "triton", "reference", or "auto": Triton for bf16 on a Hopper GPU, else the
+                    reference
+    precision       "bf16": products of the tensors as they are. "fp8": all but the weights'
+                    gradients multiply e4m3 numbers, see grouped_fp8.py; H and I multiples of 128
+
+    Returns out [R, H]. Rows past expert_offsets[-1] are neither read nor written: there, out holds
+    whatever was in memory.
+
+    A weight that carries an fp32 attribute `main_grad` of its shape gets its gradient added there,
+    and autograd sees no gradient for it (Megatron's convention).
+
+    Raises TypeError or ValueError naming the value, the limit and the remedy.
+    """
+    _check(rows, row_weight, w13, w2, expert_offsets, num_sms, implementation)
+    tensors = (rows, row_weight, w13, w2)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if _is_fp8(precision):
+        from .grouped_fp8 import check_fp8, forward
+
+        check_fp8(rows, None, w13, w2)
+        how = (save, num_sms or 0, implementation, take_over)
+        return forward(rows, None, row_weight, w13, w2, expert_offsets, *how)[0]
+    how = (save, num_sms or 0, implementation, take_over)
+    return _forward_operator(*tensors, expert_offsets, *how)[0]
+
+
+@dataclass
+class MLPSaved:
+    """What the backward of one forward needs. mlp_dgrad replaces `gate_up` by `d_gate_up`."""
+
+    rows: torch.Tensor  # [R, H], e4m3 if they came so
+    row_weight: torch.Tensor  # [R]
+    w13: torch.Tensor  # [L, 2I, H]
+    w2: torch.Tensor  # [L, H, I]
+    expert_offsets: torch.Tensor  # [L + 1] int32
+    act: torch.Tensor | None  # [R, I]; of fp8, once mlp_dgrad has run
+    gate_up: torch.Tensor | None  # [R, 2I] before SwiGLU
+    d_gate_up: torch.Tensor | None  # [R, 2I] its gradient, once mlp_dgrad has run
+    num_sms: int  # 0 = all
+    implementation: str
+    fp8: "Fp8Saved | None" = None  # of precision="fp8"
+    take_over: bool = False
+
+
+@torch.no_grad()
+def mlp_forward(
+    rows: torch.Tensor,
+    row_weight: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    *,
+    num_sms: int | None = None,
+    take_over: bool = False,
+    implementation: str = "auto",
+    precision: str = "bf16",
+    row_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, MLPSaved]:
+    """`grouped_mlp` without autograd, for schedulers: out [R, H] and what the backward needs.
+
+    With precision="fp8", rows may be e4m3 already, with row_scale [R, H / 128] fp32 as
+    `fp8.quantize_rows` makes them; fastest where the transpose of row_scale is contiguous. Rows
+    that pad an expert are zero; out and drows have the weights' dtype.
+    """
+    fp8, tensors = _is_fp8(precision), (rows, row_weight, w13, w2, expert_offsets)
+    wide = rows if row_scale is None else w13.new_empty(1).expand(rows.shape)
+    _check(wide, *tensors[1:], num_sms, implementation)
+    if fp8 or row_scale is not None:
+        from .grouped_fp8 import check_fp8, forward
+
+        if not fp8:
+            raise ValueError(f'row_scale with precision={precision!r}: pass precision="fp8"')
+        check_fp8(rows, row_scale, w13, w2)
+        how = (num_sms or 0, implementation)
+        out, gate_up, saved = forward(rows, row_scale, *tensors[1:], True, *how, take_over)
+        return out, MLPSaved(*tensors, None, gate_up, None, *how, saved, take_over)
+    how = (num_sms or 0, implementation)
+    out, act, gate_up = _forward_operator(*tensors, True, *how, take_over)
+    return out, MLPSaved(*tensors, act, gate_up, None, *how, take_over=take_over)
+
+
+@torch.no_grad()
+def mlp_dgrad(
+    dout: torch.Tensor,
+    saved: MLPSaved,
+    *,
+    dout_scale: torch.Tensor | None = None,
+    num_sms: int | None = None,
+    take_over: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the inputs: drows [R, H] and drow_weight [R] (0 past expert_offsets[-1]).
+
+    dout [R, H]: rows that pad an expert are zero. After a forward with precision="fp8" it may be
+    e4m3 already, with dout_scale [R, H / 128] fp32 as `fp8.quantize_rows` makes them; fastest where
+    the transpose of dout_scale is contiguous. Without `num_sms` and `take_over` both are the
+    forward's. Runs once per forward.
+    """
+    _check_dout(dout, dout_scale, saved)
+    num_sms, take_over = _share(num_sms, take_over, saved)
+    if saved.gate_up is None:
+        raise ValueError("mlp_dgrad has already run on this forward: call mlp_forward again")
+    if saved.fp8 is not None:
+        from .grouped_fp8 import dgrad
+
+        drows, drow_weight, saved.d_gate_up, saved.act = dgrad(dout, dout_scale, saved, num_sms)
+    else:
+        drows, drow_weight, saved.d_gate_up = _dgrad_operator(
+            dout,
+            saved.gate_up,
+            saved.row_weight,
+            saved.w13,
+            saved.w2,
+            saved.expert_offsets,
+            num_sms,
+            saved.implementation,
+            take_over,
+        )
+    saved.gate_up = None
+    return drows, drow_weight
+
+
+@torch.no_grad()
+def mlp_wgrad(
+    dout: torch.Tensor,
+    saved: MLPSaved,
+    *,
+    dout_scale: torch.Tensor | None = None,
+    num_sms: int | None = None,
+    take_over: bool | None = None,
+    totals: Sequence[torch.Tensor | None] = (None, None),
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the weights, any time after mlp_dgrad: dw13 [L, 2I, H] and dw2 [L, H, I].
+
+    dout and dout_scale as in mlp_dgrad; e4m3 rows go back to the weights' dtype for these products.
+    For a weight with an fp32 `main_grad` the gradient is added there and None returned for it; so
+    with `totals`, gradients so far, in the weight's dtype or fp32: the kernel adds to them, which
+    spares a pass over all three. One that it cannot add to (strided, or not at a multiple of 16
+    bytes) is left alone, and the gradient returned.
+    Without `num_sms` and `take_over` both are the forward's; on Hopper these kernels always draw.
+    """
+    _check_dout(dout, dout_scale, saved)
+    num_sms, take_over = _share(num_sms, take_over, saved)
+    if saved.d_gate_up is None:
+        raise ValueError("mlp_wgrad needs what mlp_dgrad leaves: call mlp_dgrad first")
+    how = (saved.expert_offsets, num_sms, saved.implementation, take_over)
+    rows = saved.rows
+    if saved.fp8 is not None:
+        rows = _wide(rows, saved.fp8.row_scale, saved.w13.dtype)
+        dout = _wide(dout, dout_scale, saved.w13.dtype)
+    return (
+        _wgrad(saved.w13, saved.d_gate_up, rows, *how, total=totals[0]),
+        _wgrad(saved.w2, dout, saved.act, *how, total=totals[1]),
+    )
+
+
+def _share(num_sms: int | None, take_over: bool | None, saved: MLPSaved) -> tuple[int, bool]:
+    """The two as operators take them; given neither, those of the forward."""
+    _check_num_sms(num_sms)
+    if num_sms is None and take_over is None:
+        return saved.num_sms, saved.take_over
+    return num_sms or 0, bool(take_over)
+
+
+def _wide(rows: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    return rows if scale is None else dequantize_rows(rows, scale, dtype)
+
+
+def _wgrad(weight, y, x, *how, total=None) -> torch.Tensor | None:
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is not None:
+        _check_main_grad(main_grad, weight)
+    elif total is None or not _can_add(total, weight):
+        return _wgrad_operator(y, x, *how)
+    _wgrad_add_operator(total if main_grad is None else main_grad, y, x, *how)
+    return None
+
+
+def _can_add(total: torch.Tensor, weight: torch.Tensor) -> bool:
+    like = (total.shape, total.device) == (weight.shape, weight.device)
+    dtype = total.dtype in (weight.dtype, torch.float32)
+    return like and dtype and total.is_contiguous() and total.data_ptr() % 16 == 0
+
+
+# ---- Checks ----
+
+
+def _check(rows, row_weight, w13, w2, expert_offsets, num_sms, implementation) -> None:
+    if rows.dim() != 2 or w13.dim() != 3 or w2.dim() != 3:
+        raise ValueError(
+            f"rows, w13, w2 have {rows.dim()}, {w13.dim()}, {w2.dim()} dimensions: "
+            "pass [R, H], [L, 2I, H], [L, H, I]"
+        )
+    (R, H), (L, width, _) = rows.shape, w13.shape
+    I = width // 2  # noqa: E741
+    if w13.shape != (L, 2 * I, H) or w2.shape != (L, H, I) or L == 0:
+        raise ValueError(
+            f"w13 {tuple(w13.shape)} and w2 {tuple(w2.shape)} do not fit rows {tuple(rows.shape)}: "
+            f"with H={H} pass w13 [L, 2I, {H}] (gate above up) and w2 [L, {H}, I]"
+        )
+    for name, value in (("hidden", H), ("expert_hidden", I)):
+        if value == 0 or value % 8:
+            remedy = f"pad the model width to {max(8, -(-value // 8) * 8)}"
+            raise ValueError(f"{name}={value} is not a positive multiple of 8: {remedy}")
+    _check_tensors(rows, row_weight, w13, w2, expert_offsets, R, L)
+    _check_num_sms(num_sms)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: pass one of {IMPLEMENTATIONS}")
+
+
+def _check_tensors(rows, row_weight, w13, w2, expert_offsets, R, L) -> None:
+    dtype = rows.dtype
+    if not dtype.is_floating_point or w13.dtype != dtype or w2.dtype != dtype:
+        raise TypeError(
+            f"rows, w13, w2 are {dtype}, {w13.dtype}, {w2.dtype}: pass one floating-point dtype"
+        )
+    weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    if row_weight.dtype != weight_dtype:
+        raise TypeError(f"row_weight is {row_weight.dtype}: pass {weight_dtype} with {dtype} rows")
+    if row_weight.shape != (R,):
+        raise ValueError(f"row_weight is {tuple(row_weight.shape)}: pass one weight a row, ({R},)")
+    if expert_offsets.dtype != torch.int32:
+        raise TypeError(f"expert_offsets is {expert_offsets.dtype}: pass torch.int32")
+    if expert_offsets.shape != (L + 1,):
+        raise ValueError(
+            f"expert_offsets is {tuple(expert_offsets.shape)}: with {L} experts pass ({L + 1},), "
+            "the first row of each and the end of the last"
+        )
+    for name, tensor in (
+        ("row_weight", row_weight),
+        ("w13", w13),
+        ("w2", w2),
+        ("expert_offsets", expert_offsets),
+    ):
+        if tensor.device != rows.device:
+            raise ValueError(f"{name} is on {tensor.device}, rows on {rows.device}: move it there")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}: pass it contiguous")
+
+
+def _check_dout(dout: torch.Tensor, dout_scale: torch.Tensor | None, saved: MLPSaved) -> None:
+    rows, like = saved.rows, saved.w13  # rows may be e4m3
+    if dout_scale is not None:
+        if saved.fp8 is None:
+            raise ValueError(
+                'dout_scale after precision="bf16": pass dout as out, or forward "fp8"'
+            )
+        from .grouped_fp8 import check_scaled
+
+        check_scaled("dout", dout, dout_scale, like)
+        like = dout
+    if dout.shape != rows.shape or dout.dtype != like.dtype or dout.device != like.device:
+        raise ValueError(
+            f"dout is {tuple(dout.shape)} {dout.dtype} on {dout.device}: pass the gradient of out, "
+            f"{tuple(rows.shape)} {like.dtype} on {like.device}"
+        )
+
+
+def _is_fp8(precision: str) -> bool:
+    if precision not in ("bf16", "fp8"):
+        raise ValueError(f'precision={precision!r}: pass "bf16" or "fp8"')
+    return precision == "fp8"
+
+
+def _check_num_sms(num_sms) -> None:
+    if num_sms is not None and (not isinstance(num_sms, int) or num_sms < 1):
+        raise ValueError(f"num_sms={num_sms!r}: pass an int of at least 1, or None for all SMs")
+
+
+def _check_main_grad(main_grad: torch.Tensor, weight: torch.Tensor) -> None:
+    if (
+        main_grad.dtype != torch.float32
+        or main_grad.shape != weight.shape
+        or main_grad.device != weight.device
+        or not main_grad.is_contiguous()
+    ):
+        raise ValueError(
+            f"main_grad is {tuple(main_grad.shape)} {main_grad.dtype} on {main_grad.device} with "
+            f"strides {main_grad.stride()}: pass a contiguous torch.float32 tensor of the weight's "
+            f"shape {tuple(weight.shape)} on {weight.device}"
+        )
+
+
+# ---- Choice of the implementation ----
+
+
+def _use_triton(tensor: torch.Tensor, implementation: str) -> bool:
+    if implementation == "reference":
+        return False
+    if tensor.is_cuda:
+        fits = device_facts(tensor.device)[1] >= (9, 0)
+        if implementation == "auto":
+            return fits and tensor.dtype == torch.bfloat16 and has_triton()
+        if not fits:
+            raise ValueError(
+                f"implementation='triton' needs TMA, compute capability 9.0: {tensor.device} has "
+                f"{device_facts(tensor.device)[1]}; pass implementation='auto'"
+            )
+        if tensor.dtype not in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"implementation='triton' takes bfloat16 or float16 on a GPU, rows are "
+                f"{tensor.dtype}: pass implementation='auto'"
+            )
+        return True
+    if implementation == "auto":
+        return False
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    raise ValueError(
+        f"implementation='triton' needs a GPU, rows are on {tensor.device}: pass "
+        "implementation='auto', or set TRITON_INTERPRET=1 to run Triton's interpreter"
+    )
+
+
+def _require_alignment(**tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() % 16:
+            raise ValueError(
+                f"{name} starts at address {tensor.data_ptr():#x}, TMA needs a multiple of 16: "
+                f"clone it, or pad what lies in front of it in its buffer"
+            )
+
+
+def _sm_count(tensor: torch.Tensor, num_sms: int) -> int:
+    if num_sms or not tensor.is_cuda:
+        return num_sms or 1
+    return device_facts(tensor.device)[0]
+
+
+# ---- Operators ----
+
+
+def _forward(
+    rows, row_weight, w13, w2, expert_offsets, save, num_sms, implementation, take_over=False
+):
+    (R, H), I = rows.shape, w2.shape[2]  # noqa: E741
+    rows = rows.contiguous()
+    out, act = rows.new_empty(R, H), rows.new_empty(R, I)
+    gate_up = rows.new_empty(R, 2 * I) if save else None
+    if not _use_triton(rows, implementation):
+        reference_forward(rows, row_weight, w13, w2, expert_offsets, out, act, gate_up)
+    elif R:
+        from ..triton_kernels.experts.gemm import grouped_gemm
+        from ..triton_kernels.experts.swiglu import grouped_gate_up
+
+        _require_alignment(rows=rows, w13=w13, w2=w2)
+        how = {"num_sms": _sm_count(rows, num_sms), "take_over": take_over}
+        grouped_gate_up(rows, row_weight, w13, expert_offsets, act, gate_up, **how)
+        grouped_gemm(act, w2, expert_offsets, out, weight_is_nk=True, **how)
+    return out, act, rows.new_empty(0, 2 * I) if gate_up is None else gate_up
+
+
+def _forward_fake(rows, row_weight, w13, w2, expert_offsets, save, *how):
+    (R, H), I = rows.shape, w2.shape[2]  # noqa: E741
+    return rows.new_empty(R, H), rows.new_empty(R, I), rows.new_empty(R if save else 0, 2 * I)
+
+
+def _dgrad(
+    dout, gate_up, row_weight, w13, w2, expert_offsets, num_sms, implementation, take_over=False
+):
+    (R, H) = dout.shape
+    dout = dout.contiguous()
+    drows, d_gate_up = dout.new_empty(R, H), torch.empty_like(gate_up)
+    if not _use_triton(dout, implementation):
+        drow_weight = torch.zeros_like(row_weight)
+        reference_dgrad(
+            dout, gate_up, row_weight, w13, w2, expert_offsets, drows, drow_weight, d_gate_up
+        )
+    elif not R:
+        drow_weight = torch.zeros_like(row_weight)
+    else:
+        from ..triton_kernels.experts.gemm import grouped_gemm
+        from ..triton_kernels.experts.swiglu import grouped_swiglu_backward
+
+        _require_alignment(dout=dout, gate_up=gate_up, w13=w13, w2=w2)
+        how = {"num_sms": _sm_count(dout, num_sms), "take_over": take_over}
+        drow_weight = grouped_swiglu_backward(
+            dout, w2, gate_up, row_weight, expert_offsets, d_gate_up, **how
+        )
+        grouped_gemm(d_gate_up, w13, expert_offsets, drows, weight_is_nk=False, **how)
+    return drows, drow_weight, d_gate_up
+
+
+def _dgrad_fake(dout, gate_up, row_weight, w13, w2, expert_offsets, *how):
+    return dout.new_empty(dout.shape), torch.empty_like(row_weight), torch.empty_like(gate_up)
+
+
+def _wgrad_into(dw, accumulate, y, x, expert_offsets, num_sms, implementation, take_over=False):
+    y, x = y.contiguous(), x.contiguous()
+    if not _use_triton(y, implementation):
+        reference_wgrad(y, x, expert_offsets, dw, accumulate)
+    elif y.shape[0]:
+        from ..triton_kernels.experts.wgrad import grouped_wgrad
+
+        _require_alignment(y=y, x=x, dw=dw)
+        how = {"num_sms": _sm_count(y, num_sms), "accumulate": accumulate}
+        grouped_wgrad(y, x, expert_offsets, dw, **how)
+    elif not accumulate:
+        dw.zero_()
+
+
+def _wgrad_new(y, x, expert_offsets, *how):
+    dw = _wgrad_fake(y, x, expert_offsets)
+    _wgrad_into(dw, False, y, x, expert_offsets, *how)
+    return dw
+
+
+def _wgrad_fake(y, x, expert_offsets, *how):
+    return y.new_empty(expert_offsets.shape[0] - 1, y.shape[1], x.shape[1])
+
+
+def _wgrad_add(total, *y_x_and_how):
+    _wgrad_into(total, True, *y_x_and_how)
+
+
+def _setup_context(ctx, inputs, output):
+    rows, row_weight, w13, w2, expert_offsets, _, *ctx.how = inputs
+    _, act, gate_up = output
+    # A checkpoint hands bare aliases of the weights to the backward.
+    ctx.main_grads = [getattr(weight, "main_grad", None) for weight in (w13, w2)]
+    ctx.mark_non_differentiable(act, gate_up)
+    ctx.save_for_backward(rows, row_weight, w13, w2, expert_offsets, act, gate_up)
+
+
+def _backward(ctx, dout, _d_act, _d_gate_up):
+    rows, row_weight, w13, w2, expert_offsets, act, gate_up = ctx.saved_tensors
+    how = (expert_offsets, *ctx.how)
+    drows, drow_weight, d_gate_up = _dgrad_operator(dout, gate_up, row_weight, w13, w2, *how)
+    for weight, main_grad in zip((w13, w2), ctx.main_grads, strict=True):
+        if main_grad is not None and not hasattr(weight, "main_grad"):
+            weight.main_grad = main_grad
+    need = ctx.needs_input_grad
+    dw13 = _wgrad(w13, d_gate_up, rows, *how) if need[2] else None
+    dw2 = _wgrad(w2, dout, act, *how) if need[3] else None
+    return drows, drow_weight, dw13, dw2, None, None, None, None, None
+
+
+_HOW = "int num_sms, str implementation, bool take_over=False"
+_forward_operator = define(
+    "grouped_mlp_forward(Tensor rows, Tensor row_weight, Tensor w13, Tensor w2, "
+    f"Tensor expert_offsets, bool save, {_HOW}) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _backward,
+    _setup_context,
+)
+_dgrad_operator = define(
+    "grouped_mlp_dgrad(Tensor dout, Tensor gate_up, Tensor row_weight, Tensor w13, Tensor w2, "
+    f"Tensor expert_offsets, {_HOW}) -> (Tensor, Tensor, Tensor)",
+    _dgrad,
+    _dgrad_fake,
+)
+_wgrad_operator = define(
+    f"grouped_wgrad(Tensor y, Tensor x, Tensor expert_offsets, {_HOW}) -> Tensor",
+    _wgrad_new,
+    _wgrad_fake,
+)
+_wgrad_add_operator = define(
+    f"grouped_wgrad_(Tensor(a!) total, Tensor y, Tensor x, Tensor expert_offsets, {_HOW}) -> ()",
+    _wgrad_add,
+    lambda *arguments: None,
+)

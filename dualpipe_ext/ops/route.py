@@ -1,0 +1,276 @@
+"""The router as one operator: logits, scores, groups, top-k, weights and the sums of its loss.
+
+Letters: T tokens, H hidden, E experts, K experts a token, G groups.
+
+Softmax scores without a bias, sigmoid scores with one; their meaning is `router.Router`'s. On a GPU
+one to three kernels each way, within `num_sms` SMs, counted at run time: for bf16 and at most 256
+experts on Hopper the products are in Gluon, else all is in Triton; elsewhere plain torch. Results
+have the same bits in every run and for every `num_sms`.
+
+Logits, and from Triton the weight's gradient, are off by a few 1e-6, as fp32 is. The Gluon kernels
+multiply gradients of the logits that were rounded to bf16. That leaves the weight's 0.17 % off, and
+dx 0.3 %, for which the weight and then the sums are rounded, too; torch rounds dx once, 0.17 %.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..compat import constant_in_graphs
+from ..moe.router import count_tokens, select_experts
+from .operator import check_num_sms, define, has_gluon, sm_count, use_triton, without_autocast
+
+__all__ = ["fits", "fits_hopper", "route"]
+
+MAX_TOPK = 32
+
+
+def fits(x: Tensor, weight: Tensor, topk: int, n_groups: int) -> bool:
+    """Whether the kernels take x [T, H] and weight [E, H]."""
+    if not use_triton(x, weight, tma=True) or x.shape[0] == 0:
+        return False
+    from ..triton_kernels.routing.tiles import MAX_COLUMNS, columns_of
+
+    groups, size = columns_of(weight.shape[0], n_groups)
+    return x.shape[1] % 8 == 0 and topk <= MAX_TOPK and groups * size <= MAX_COLUMNS
+
+
+def fits_hopper(x: Tensor, weight: Tensor, topk: int, n_groups: int) -> bool:
+    """Whether those do that are only for Hopper, bf16 and at most 256 experts."""
+    if not x.is_cuda or x.dtype != torch.bfloat16 or x.shape[0] == 0:
+        return False
+    from ..triton_kernels.routing.tiles import fits_hopper
+
+    T, H = x.shape
+    sizes = H % 8 == 0 and topk <= MAX_TOPK and fits_hopper(T, weight.shape[0], n_groups)
+    return sizes and _runs_gluon(x.device)
+
+
+@constant_in_graphs
+def _runs_gluon(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9 and has_gluon()
+
+
+def route(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    topk: int,
+    renormalize: bool = True,
+    n_groups: int = 1,
+    topk_groups: int = 1,
+    route_scale: float = 1.0,
+    num_sms: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Routes ``x`` [T, H] of bf16, fp16 or fp32 with ``weight`` [E, H] fp32 or bf16.
+
+    A bf16 weight halves the products and gives what it would give in fp32. Its gradient is bf16.
+
+    ``bias`` [E] fp32 means sigmoid scores, chosen with it and among the ``topk_groups`` best of
+    ``n_groups`` groups; None softmax.
+
+    Returns ``topk_idx`` [T, K] int32, ``topk_weight`` [T, K] fp32, ``probability_sum`` [E] fp32,
+    the tokens' probabilities added up, and ``tokens_per_expert`` [E] int64. ``topk_weight`` and
+    ``probability_sum`` are differentiable in ``x`` and ``weight``.
+
+    Raises:
+        TypeError, ValueError: dtypes and shapes that do not fit.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"x is {x.dtype}: pass torch.bfloat16, float16 or float32")
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"weight is {weight.dtype}: pass torch.float32 or bfloat16")
+    if bias is not None and bias.dtype != torch.float32:
+        raise TypeError(f"bias is {bias.dtype}: pass torch.float32")
+    E = weight.shape[0]
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit: pass [T, H], [E, H]"
+        )
+    if bias is not None and bias.shape != (E,):
+        raise ValueError(f"bias is {tuple(bias.shape)}: pass one number an expert, ({E},)")
+    if not 1 <= topk <= E or E % n_groups or not 1 <= topk_groups <= n_groups:
+        raise ValueError(
+            f"topk={topk}, n_groups={n_groups}, topk_groups={topk_groups} with {E} experts: pass "
+            f"1 <= topk <= {E}, a divisor of {E}, and 1 <= topk_groups <= n_groups"
+        )
+    how = (topk, renormalize, n_groups, topk_groups, route_scale, check_num_sms(num_sms))
+    topk_weight, probability_sum, topk_idx, count, _ = route_operator(x, weight, bias, *how)
+    return topk_idx, topk_weight, probability_sum, count
+
+
+# ---- Operators ----
+
+
+@without_autocast
+def _forward(
+    x, weight, bias, topk, renormalize, n_groups, topk_groups, route_scale, num_sms
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hopper = fits_hopper(x, weight, topk, n_groups)
+    weight = weight if hopper else weight.float()
+    if fits(x, weight, topk, n_groups):
+        kernel = _route_hopper if hopper else _route_triton
+        topk_idx, topk_weight, logits, probability_sum, count = kernel(
+            _aligned(x),
+            _aligned(weight),
+            bias,
+            topk=topk,
+            renormalize=renormalize,
+            n_groups=n_groups,
+            topk_groups=topk_groups,
+            route_scale=route_scale,
+            num_sms=sm_count(x, num_sms),
+        )
+        return topk_weight, probability_sum, topk_idx, count, logits
+    logits = F.linear(x.float(), weight)
+    scores, probability = _scores(logits, bias is None)
+    ranking = logits if bias is None else scores  # the same order, without ties from underflow
+    topk_idx = select_experts(ranking, bias, topk, n_groups, topk_groups)
+    topk_weight = scores.gather(1, topk_idx)
+    if renormalize:
+        topk_weight = topk_weight / (topk_weight.sum(dim=1, keepdim=True) + 1e-20)
+    count = count_tokens(topk_idx, weight.shape[0])
+    return topk_weight * route_scale, probability.sum(dim=0), topk_idx.int(), count, logits
+
+
+def _route_triton(x, weight, bias, **how):
+    from ..triton_kernels.routing.route import route
+
+    return route(x, weight, bias, part=_part(x), **how)
+
+
+def _route_hopper(x, weight, bias, *, n_groups, num_sms, **how):
+    from ..triton_kernels.routing.choice import choose
+    from ..triton_kernels.routing.logits_hopper import logits_hopper
+
+    parts = logits_hopper(x, weight, n_groups=n_groups, num_sms=num_sms)
+    how |= dict(n_groups=n_groups, num_sms=num_sms)
+    return choose(parts, bias, num_experts=weight.shape[0], **how)
+
+
+def _scores(logits: Tensor, softmax: bool) -> tuple[Tensor, Tensor]:
+    """Scores and probabilities [T, E]."""
+    if softmax:
+        scores = logits.softmax(dim=1)
+        return scores, scores
+    scores = logits.sigmoid()
+    return scores, scores / (scores.sum(dim=1, keepdim=True) + 1e-20)
+
+
+def _part(x: Tensor) -> torch.dtype:
+    """What the kernels split fp32 into: bf16, which the interpreter computes wrongly."""
+    return torch.bfloat16 if x.is_cuda else x.dtype
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous, at an address that TMA takes."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _forward_fake(
+    x, weight, bias, topk, renormalize, n_groups, topk_groups, route_scale, num_sms
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T, E = x.shape[0], weight.shape[0]
+    return (
+        x.new_empty(T, topk, dtype=torch.float32),
+        x.new_empty(E, dtype=torch.float32),
+        x.new_empty(T, topk, dtype=torch.int32),
+        x.new_empty(E, dtype=torch.int64),
+        x.new_empty(T, E, dtype=torch.float32),
+    )
+
+
+@without_autocast
+def _backward(
+    d_topk_weight,
+    d_probability_sum,
+    x,
+    weight,
+    logits,
+    topk_idx,
+    softmax,
+    renormalize,
+    n_groups,
+    route_scale,
+    num_sms,
+) -> tuple[Tensor, Tensor]:
+    """dx, and d_weight in fp32."""
+    hopper = fits_hopper(x, weight, topk_idx.shape[1], n_groups)
+    weight = weight if hopper else weight.float()
+    if fits(x, weight, topk_idx.shape[1], n_groups):
+        from ..triton_kernels.routing import backward as kernels
+
+        return kernels.route_backward(
+            d_topk_weight.contiguous(),
+            d_probability_sum.contiguous(),
+            _aligned(x),
+            _aligned(weight),
+            logits,
+            topk_idx,
+            softmax=softmax,
+            renormalize=renormalize,
+            route_scale=route_scale,
+            num_sms=sm_count(x, num_sms),
+            hopper=hopper,
+            part=_part(x),
+        )
+    scores, probability = _scores(logits, softmax)
+    d_chosen = d_topk_weight * route_scale
+    topk_idx = topk_idx.long()
+    if renormalize:
+        chosen = scores.gather(1, topk_idx)
+        total = chosen.sum(dim=1, keepdim=True) + 1e-20
+        d_chosen = (d_chosen - (d_chosen * chosen).sum(dim=1, keepdim=True) / total) / total
+    d_scores = torch.zeros_like(scores).scatter_add_(1, topk_idx, d_chosen)
+    if softmax:
+        d_scores = d_scores + d_probability_sum
+        d_logits = scores * (d_scores - (scores * d_scores).sum(dim=1, keepdim=True))
+    else:
+        mean = (d_probability_sum * probability).sum(dim=1, keepdim=True)
+        d_scores = d_scores + (d_probability_sum - mean) / (scores.sum(dim=1, keepdim=True) + 1e-20)
+        d_logits = d_scores * scores * (1 - scores)
+    return (d_logits @ weight).to(x.dtype), d_logits.T @ x.float()
+
+
+def _backward_fake(d_topk_weight, d_probability_sum, x, weight, *rest) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, _, ctx.renormalize, ctx.n_groups, _, ctx.route_scale, ctx.num_sms = inputs
+    _, _, topk_idx, tokens_per_expert, logits = output
+    ctx.softmax = bias is None
+    ctx.mark_non_differentiable(topk_idx, tokens_per_expert, logits)
+    ctx.save_for_backward(x, weight, logits, topk_idx)
+
+
+def _gradients(ctx, d_topk_weight, d_probability_sum, _d_idx, _d_count, _d_logits):
+    how = (ctx.softmax, ctx.renormalize, ctx.n_groups, ctx.route_scale, ctx.num_sms)
+    saved = ctx.saved_tensors  # under a checkpoint they can be had once
+    if d_topk_weight is None:
+        d_topk_weight = torch.zeros_like(saved[3], dtype=torch.float32)
+    if d_probability_sum is None:
+        d_probability_sum = saved[2].new_zeros(saved[2].shape[1])
+    dx, d_weight = route_backward_operator(d_topk_weight, d_probability_sum, *saved, *how)
+    return dx, d_weight.to(saved[1].dtype), *(None,) * 7
+
+
+route_operator = define(
+    "route(Tensor x, Tensor weight, Tensor? bias, int topk, bool renormalize, int n_groups, "
+    "int topk_groups, float route_scale, int num_sms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _gradients,
+    _save,
+)
+route_backward_operator = define(
+    "route_backward(Tensor d_topk_weight, Tensor d_probability_sum, Tensor x, Tensor weight, "
+    "Tensor logits, Tensor topk_idx, bool softmax, bool renormalize, int n_groups, "
+    "float route_scale, int num_sms) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)

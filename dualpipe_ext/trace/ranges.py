@@ -1,0 +1,19 @@
+"""Named ranges in a profile."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch.profiler import record_function
+
+from ..compat import is_profiling
+
+__all__ = ["named_range"]
+
+_NOTHING = nullcontext()
+
+
+def named_range(name: str) -> AbstractContextManager:
+    """torch.profiler.record_function while somebody profiles, else nothing, for 6 us less."""
+    if torch.compiler.is_compiling() or not is_profiling():
+        return _NOTHING
+    return record_function(name)
