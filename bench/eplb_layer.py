@@ -29,7 +29,8 @@ import torch.multiprocessing as mp
 
 import dualpipe_ext
 from dualpipe_ext import Exchange, ExpertPlacement, MoELayer, rebalance_experts
-from dualpipe_ext.moe.router import Routes, count_tokens
+from dualpipe_ext.moe.router import Routes
+from dualpipe_ext.ops.route_reference import count_tokens
 
 TOLERANCE = 1e-2  # bf16 outputs of one layer under two placements; 4e-3 is rounding
 

@@ -30,7 +30,7 @@ from compute import (
     sample,
 )
 
-from dualpipe_ext.ops.grouped_fp8 import Fp8Weight
+from dualpipe_ext.ops.fp8_weight import Fp8Weight
 from dualpipe_ext.triton_kernels.experts.fp8_gemm import (
     BACKWARD,
     FORWARD,

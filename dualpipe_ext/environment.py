@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib
-import json
 import platform
 import shutil
 import subprocess
@@ -10,24 +9,12 @@ from pathlib import Path
 
 import torch
 
+from . import __version__
+from .build_record import read_build_record
 from .compat import TORCH, TRITON, triton_version
+from .ranks.backend import choose_backend
 
-__all__ = ["describe_environment", "format_environment", "read_build_record"]
-
-BUILD_RECORD = Path(__file__).with_name("_build.json")
-
-
-def read_build_record() -> dict:
-    """What setup.py wrote when it built the CUDA extension of this copy of the package.
-
-    Returns:
-        `built` (bool); if true `archs` (["sm_90a", ...]), `nvcc`, `nvcc_version`, `host_compiler`
-        and `sources`, else `reason`: what was missing and how to get it.
-    """
-    if not BUILD_RECORD.exists():
-        reason = f"{BUILD_RECORD.parent} was never built: run `pip install .` or `make test` there."
-        return {"built": False, "reason": reason}
-    return json.loads(BUILD_RECORD.read_text())
+__all__ = ["describe_environment", "format_environment"]
 
 
 def describe_environment() -> dict:
@@ -45,8 +32,6 @@ def describe_environment() -> dict:
         build        see read_build_record; importable: whether `_C` loads, error: why it does not
         backend      name: what backend="auto" chooses over all GPUs of this machine, reason
     """
-    from . import __version__
-
     problems = TORCH.problem(torch.__version__), TRITON.problem(triton_version())
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
@@ -157,7 +142,5 @@ def _try_extension() -> dict:
 
 
 def _choose_backend(world_size: int) -> dict:
-    from .ranks.backend import choose_backend
-
     name, reason = choose_backend("auto", torch.device("cuda"), world_size)
     return {"name": name, "reason": reason}

@@ -31,9 +31,7 @@ from ..triton_kernels.launch.sm_sharing import can_claim, claim_sms, make_counte
 from .block import BlockChunk
 from .stage import WEIGHT_DELAYS, StageChunk
 
-__all__ = ["LANES", "OverlappedPair"]
-
-LANES = ("compute", "comm")
+__all__ = ["OverlappedPair"]
 
 
 class OverlappedPair:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..exchange.exchange import process_group
 from ..ranks.agreement import Agreement
+from ..ranks.groups import process_group
 from .pair import OverlappedPair
 
 __all__ = ["Split", "tune_split"]

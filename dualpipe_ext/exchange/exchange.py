@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from ..errors import ExchangeClosedError
+from ..ranks.groups import process_group
 from ..trace.ranges import named_range
 from ..triton_kernels.launch import available
 from .options import ExchangeOptions, agree_on_backend
@@ -19,7 +20,7 @@ from .plan import Plan, RoutingLayout
 from .reference import ReferenceBackend
 from .unique_rows import UniqueRows
 
-__all__ = ["CHANNELS", "Exchange", "process_group"]
+__all__ = ["CHANNELS", "Exchange"]
 
 CHANNELS = ("forward", "backward")
 
@@ -439,20 +440,6 @@ class _Transfer(torch.autograd.Function):
             ctx.transpose, d_rows.contiguous(), ctx.plan, d_weight, "backward"
         )
         return *gradients, None, None, None, None, None
-
-
-def process_group(group) -> dist.ProcessGroup | None:
-    """The ProcessGroup of `group`: itself, that of a 1-D DeviceMesh, or None."""
-    if group is None or isinstance(group, dist.ProcessGroup):
-        return group
-    if hasattr(group, "get_group"):  # DeviceMesh
-        if group.ndim != 1:
-            raise ValueError(
-                f"the DeviceMesh has {group.ndim} dimensions, an expert group has 1: "
-                f'pass one dimension of it, such as mesh["ep"]'
-            )
-        return group.get_group()
-    raise TypeError(f"group is a {type(group).__name__}: pass a ProcessGroup, a DeviceMesh or None")
 
 
 def _faster_form(comm_sms: int | float) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -11,11 +9,12 @@ import torch
 import torch.distributed as dist
 
 from ..errors import KernelCompileError
+from ..ops.expert_order import ROW_ALIGNMENT
 from ..ops.operator import triton_obstacle
 from ..ranks.backend import choose_backend
+from ..ranks.groups import host_identity
 from ..ranks.peer_memory import PeerMemory
 from ..triton_kernels.launch import available
-from .plan import ROW_ALIGNMENT
 
 __all__ = ["ExchangeOptions", "agree_on_backend"]
 
@@ -186,12 +185,3 @@ def _check_rendezvous(counts: list[int]) -> None:
 
 def _current(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def host_identity() -> str:
-    """Names this boot of this host: containers of one host share the boot id, not the host name."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return f"{socket.gethostname()}-{os.uname().version}"

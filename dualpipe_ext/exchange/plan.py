@@ -1,7 +1,7 @@
 """Where every routed row goes: the plan that dispatch and combine follow.
 
 Letters: T tokens of this rank, K experts a token, E experts, P ranks, L = E / P local experts,
-R rows received in expert order, each expert's share padded to :data:`ROW_ALIGNMENT`.
+R rows received in expert order, each expert's share padded to ``ROW_ALIGNMENT``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ROW_ALIGNMENT", "Plan", "RoutingLayout", "bad_index_error"]
-
-# The M tile of the grouped GEMM: with every expert starting on a tile, a tile has one expert.
-ROW_ALIGNMENT = 128
+__all__ = ["Plan", "RoutingLayout", "bad_index_error"]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from ..errors import RowsOverflowError
+from ..ops.expert_order import ROW_ALIGNMENT
 from ..ops.fp8 import dequantize_rows, quantize_rows
-from .plan import ROW_ALIGNMENT, Plan, RoutingLayout, bad_index_error
+from .plan import Plan, RoutingLayout, bad_index_error
 
 __all__ = ["ReferenceBackend", "ReferencePlan"]
 

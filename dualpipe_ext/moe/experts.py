@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..balance.load import LoadWindow
 from ..balance.placement import ExpertPlacement, SlotTables
-from ..exchange.exchange import process_group
+from ..ranks.groups import process_group
 from ..ranks.row_transfer import RowTransfer
 from .moves import gradient_of, list_expert_tensors, move_experts
 

@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..exchange.exchange import Exchange
 from ..gradients.delayed import linear
 from ..ops.block_ops import swiglu
-from ..ops.grouped_mlp import _is_fp8, grouped_mlp
+from ..ops.grouped_fp8 import check_fp8, is_fp8
+from ..ops.grouped_mlp import grouped_mlp
 from ..ops.operator import autocast_off
 from ..triton_kernels.launch import available
 from .experts import PlacedExperts, check_multiples_of_8
@@ -163,9 +164,7 @@ class MoELayer(PlacedExperts):
             available.require(self)
         self.form, self.max_rows, self.max_tokens = form, max_rows, max_tokens
         self.payload, self.precision = payload, precision
-        if _is_fp8(precision):
-            from ..ops.grouped_fp8 import check_fp8
-
+        if is_fp8(precision):
             check_fp8(None, None, self.w13, self.w2)
         self.aux_loss_coefficient, self.init_std = aux_loss_coefficient, init_std
         self.exchange, self._owns_exchange = exchange, exchange is None

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.operator import autocast_off, check_num_sms
+from ..ops.route import fits_hopper, route_operator
+from ..ops.route_reference import balance_loss, count_tokens, score, select_experts, weigh
 
-__all__ = ["Router", "Routes", "balance_loss", "count_tokens"]
+__all__ = ["Router", "Routes"]
 
 
 class Routes(NamedTuple):
@@ -124,35 +126,24 @@ class Router(nn.Module):
                 return self._fused(x)
             math_dtype = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(math_dtype), self.weight.to(math_dtype))
-            if self.kind == "softmax":
-                scores = probability = logits.softmax(dim=-1)
-                topk_idx = self.select(logits)  # the same order, without ties from underflow
-            else:
-                scores = logits.sigmoid()
-                probability = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
-                topk_idx = self.select(scores)
-            weight = scores.gather(1, topk_idx)
-            if self.renormalize:
-                weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
+            scores, probability, ranking = score(logits, self.kind)
+            topk_idx = self.select(ranking)
+            topk_weight = weigh(scores, topk_idx, self.renormalize, self.route_scale)
             tokens_per_expert = count_tokens(topk_idx, self.num_experts)
             aux_loss = balance_loss(probability, tokens_per_expert)
-        return Routes(topk_idx.int(), weight * self.route_scale, aux_loss, tokens_per_expert)
+        return Routes(topk_idx.int(), topk_weight, aux_loss, tokens_per_expert)
 
     def takes_kernel(self, x: Tensor) -> bool:
-        """Whether x [T, H] is routed by `fused_router`."""
+        """Whether x [T, H] is routed by the fused operator."""
         if torch.promote_types(x.dtype, torch.float32) != torch.float32:
             return False
         if self.implementation == "torch" or type(self).select is not Router.select:
             return False
         if self.implementation == "triton":
             return True
-        from ..ops.route import fits_hopper
-
         return fits_hopper(x, self.weight, self.topk, self.n_groups)
 
     def _fused(self, x: Tensor) -> Routes:
-        from ..ops.route import route_operator
-
         routed = route_operator(x, self.kernel_weight(), self.bias, *self.kernel_options())
         topk_weight, probability_sum, topk_idx, tokens_per_expert, _ = routed
         products = (probability_sum * tokens_per_expert).sum()
@@ -160,11 +151,11 @@ class Router(nn.Module):
         return Routes(topk_idx, topk_weight, aux_loss, tokens_per_expert)
 
     def kernel_weight(self) -> Tensor:
-        """In a dtype that `fused_router` takes."""
+        """In a dtype that the fused operator takes."""
         return self.weight if self.weight.dtype == torch.bfloat16 else self.weight.float()
 
     def kernel_options(self) -> tuple:
-        """Of `fused_router.route_operator`, behind the bias."""
+        """Of `ops.route.route_operator`, behind the bias."""
         groups = self.n_groups, self.topk_groups
         num_sms = check_num_sms(self.num_sms)
         return self.topk, self.renormalize, *groups, self.route_scale, num_sms
@@ -218,55 +209,6 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         groups = f", {self.topk_groups} of {self.n_groups} groups" if self.n_groups > 1 else ""
         return f"{self.kind}, hidden={self.hidden}, top-{self.topk} of {self.num_experts}{groups}"
-
-
-def count_tokens(topk_idx: Tensor, num_experts: int) -> Tensor:
-    """[E] int64: how many routes of ``topk_idx`` [T, K] go to each expert; -1 is not counted.
-
-    With E = 3, ``[[0, 2], [2, -1]]`` counts ``[1, 0, 2]``. No host wait (``torch.bincount`` has
-    one), and integer sums are the same in any order.
-    """
-    column = torch.where(topk_idx < 0, num_experts, topk_idx).long().flatten()
-    count = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_idx.device)
-    return count.scatter_add_(0, column, torch.ones_like(column))[:num_experts]
-
-
-def balance_loss(probability: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """E * sum over experts of f_e * P_e: 1 when uniform, E when one expert gets everything.
-
-    f_e, the share of the routes that go to expert e, is a constant to autograd; P_e, the mean
-    ``probability`` [T, E] of e over the tokens, carries the gradient (Switch Transformer, eq. 4
-    to 6; GShard, arXiv 2006.16668). Only this rank's tokens count. With no tokens it is 0, still
-    part of the graph, so that every rank runs the same backward.
-    """
-    mean_probability = probability.sum(dim=0) / max(probability.shape[0], 1)
-    count = tokens_per_expert.to(mean_probability.dtype)
-    share = count / count.sum().clamp_min(1)
-    return len(count) * (share * mean_probability).sum()
-
-
-def select_experts(
-    scores: Tensor, bias: Tensor | None, topk: int, n_groups: int, topk_groups: int
-) -> Tensor:
-    """What :meth:`Router.select` does, [T, K] int64."""
-    if bias is not None:
-        scores = scores + bias
-    if topk_groups < n_groups:
-        scores = _keep_best_groups(scores, n_groups, topk_groups)
-    return _descending_order(scores)[:, :topk]
-
-
-def _keep_best_groups(scores: Tensor, n_groups: int, topk_groups: int) -> Tensor:
-    """``scores`` [T, E] with -inf outside the token's ``topk_groups`` best groups."""
-    grouped = scores.unflatten(1, (n_groups, -1))  # [T, G, E/G]
-    best_two = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
-    dropped = _descending_order(best_two)[:, topk_groups:]
-    mask = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, dropped, True)
-    return grouped.masked_fill(mask.unsqueeze(-1), -torch.inf).flatten(1)
-
-
-def _descending_order(scores: Tensor) -> Tensor:
-    return scores.sort(dim=-1, descending=True, stable=True).indices
 
 
 def _check_arguments(kind, num_experts, topk, n_groups, topk_groups) -> None:

@@ -9,9 +9,22 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["BLOCK", "dequantize_rows", "quantize_rows"]
+from ..errors import KernelCompileError
+from ..triton_kernels.launch import available
+from .operator import device_facts, has_gluon
+
+__all__ = [
+    "BLOCK",
+    "E4M3",
+    "E4M3_MAX",
+    "SMALLEST_AMAX",
+    "dequantize_rows",
+    "quantize_rows",
+    "runs_fp8_kernels",
+]
 
 BLOCK = 128  # columns that share a scale; the last block of a row may have fewer
+E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 1e-4  # a block of zeros still has a scale to divide by
 
@@ -30,7 +43,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     padded = padded.unflatten(-1, (blocks, BLOCK))
     amax = padded.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX)
     largest = torch.full_like(amax, E4M3_MAX)  # torch multiplies by a scalar's reciprocal instead
-    q = (padded * (largest / amax)).to(torch.float8_e4m3fn)
+    q = (padded * (largest / amax)).to(E4M3)
     return q.flatten(-2)[..., :hidden].contiguous(), (amax / largest).squeeze(-1)
 
 
@@ -38,3 +51,27 @@ def dequantize_rows(q: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     """What the receiver makes of `q` [..., H] and `scales`: [..., H] of `dtype`, rounded once."""
     scale = scales.repeat_interleave(BLOCK, -1)[..., : q.shape[-1]]
     return (q.float() * scale).to(dtype)
+
+
+def runs_fp8_kernels(tensor: torch.Tensor, implementation: str) -> bool:
+    """Whether fp8 products of bf16 weights run as kernels on `tensor`.
+
+    Raises:
+        KernelCompileError, ValueError: implementation="triton", and they cannot.
+    """
+    if implementation == "reference":
+        return False
+    fits = tensor.is_cuda and tensor.dtype == torch.bfloat16
+    fits = fits and device_facts(tensor.device)[1][0] == 9
+    if fits and not has_gluon():
+        if implementation == "triton":
+            reason = available.first_failure() or "Triton is missing or too old"
+            raise KernelCompileError(f"{reason}: pass implementation='auto'", is_gluon=True)
+        return False
+    if implementation == "triton" and not fits:
+        raise ValueError(
+            f"implementation='triton' with precision='fp8' takes bfloat16 weights on a Hopper GPU "
+            f"(compute capability 9.0), these are {tensor.dtype} on {tensor.device}: pass "
+            "implementation='auto'"
+        )
+    return fits

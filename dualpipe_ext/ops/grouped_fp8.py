@@ -18,140 +18,26 @@ rounds, and multiplies what the rounded numbers stand for.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..compat import StorageWeakRef, storage_key
-from ..errors import KernelCompileError
-from ..triton_kernels.launch import available
-from .fp8 import BLOCK, dequantize_rows, quantize_rows
-from .grouped_mlp import _require_alignment, _sm_count, _wgrad
-from .grouped_reference import accumulation_dtype, expert_spans
+from .expert_order import expert_spans
+from .fp8 import BLOCK, E4M3, dequantize_rows, quantize_rows, runs_fp8_kernels
+from .grouped_wgrad import weight_gradient
 from .operator import (
+    check_tma_address,
     define,
-    device_facts,
-    has_gluon,
-    is_observed,
+    sm_count,
+    wide,
     without_autocast,
-    without_missing_kernels,
 )
 
-__all__ = ["Fp8Weight", "forget_fp8", "fp8_weight"]
+if TYPE_CHECKING:
+    from .fp8_weight import Fp8Weight
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-SMALLEST_AMAX = 1e-4  # a square of zeros still has a scale to divide by
-
-
-# ---- Weights, rounded once a step ----
-
-
-class Fp8Weight(NamedTuple):
-    """A weight [L, N, K] as e4m3, in both orientations: fp8 products sum along contiguous numbers.
-
-    Two bytes a number, as much as the weight in bf16.
-    """
-
-    q: torch.Tensor  # [L, N, K] e4m3
-    transposed: torch.Tensor  # [L, K, N] e4m3
-    scales: torch.Tensor  # [L, ceil(N / 128), ceil(K / 128)] fp32, of either
-
-
-@dataclass
-class _Kept:
-    """What `fp8_weight` leaves on a weight; neither copied nor saved with it."""
-
-    key: tuple
-    storage: StorageWeakRef  # while it is held no other storage is at that address
-    rounded: Fp8Weight
-    stream: torch.cuda.Stream | None
-    event: torch.cuda.Event | None
-
-    def __reduce__(self):
-        return OrderedDict, ()  # what torch.load(weights_only=True) takes
-
-
-class _OptimizerSteps:
-    """Steps of all optimizers of the process. torch's fused ones write parameters without counting
-    up their version (AdamW(fused=True), torch 2.13: 0 before, 0 after)."""
-
-    count = 0
-
-    @classmethod
-    def add(cls, *_) -> None:
-        cls.count += 1
-
-
-register_optimizer_step_post_hook(_OptimizerSteps.add)
-
-
-@torch.compiler.disable
-@torch.no_grad()
-def fp8_weight(weight: torch.Tensor, implementation: str = "auto") -> Fp8Weight:
-    """`weight` [L, N, K] rounded to fp8, made once a training step and kept on the weight.
-
-    It is made again when the weight has been written in place (its version counter), lies elsewhere
-    (its storage and address), or any `torch.optim.Optimizer` has made a step. Writing through
-    `weight.data` between steps, or by a CUDA graph, shows in none of these: call `forget_fp8` after
-    it.
-
-    What is kept takes two bytes a number, freed with the weight or at the next rounding. Nothing is
-    kept of a tensor made on the fly, such as a weight cast by autocast, beyond its own life: that
-    is rounded in each forward. In a CUDA graph under capture weights are rounded at every replay.
-    """
-    if weight.is_inference() or _capturing(weight) or is_observed(()):
-        return _round_weight(weight, implementation)
-    kept = getattr(weight, "_dualpipe_fp8", None)
-    storage = weight.untyped_storage()
-    shape = (weight.shape, weight.stride(), weight.dtype)
-    key = (*storage_key(weight), *shape, _OptimizerSteps.count)
-    if not isinstance(kept, _Kept) or kept.key != key:
-        kept = None
-        forget_fp8(weight)  # its memory serves the new one
-        rounded, stream, event = _round_weight(weight, implementation), None, None
-        if weight.is_cuda:
-            stream = torch.cuda.current_stream(weight.device)
-            event = stream.record_event()
-        # Whole when another thread sees it.
-        kept = weight._dualpipe_fp8 = _Kept(key, StorageWeakRef(storage), rounded, stream, event)
-    elif kept.stream is not None:
-        stream = torch.cuda.current_stream(weight.device)
-        if stream != kept.stream:
-            stream.wait_event(kept.event)
-            for tensor in kept.rounded:
-                tensor.record_stream(stream)
-    return kept.rounded
-
-
-def forget_fp8(*weights: torch.Tensor) -> None:
-    """Drop what `fp8_weight` keeps on these weights: the next forward rounds them anew."""
-    for weight in weights:
-        if getattr(weight, "_dualpipe_fp8", None) is not None:
-            weight._dualpipe_fp8 = None
-
-
-def _capturing(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-@without_missing_kernels
-def _round_weight(weight: torch.Tensor, implementation: str) -> Fp8Weight:
-    if _use_kernels(weight, implementation):
-        from ..triton_kernels.experts.quantize import quantize_weights
-
-        return Fp8Weight(*quantize_weights(weight))
-    L, N, K = weight.shape
-    squares = weight.float().view(L, N // BLOCK, BLOCK, K // BLOCK, BLOCK)
-    amax = squares.abs().amax((2, 4), keepdim=True).clamp_min(SMALLEST_AMAX)
-    largest = torch.full_like(amax, E4M3_MAX)  # torch multiplies by a scalar's reciprocal instead
-    q = (squares * (largest / amax)).to(E4M3).view(L, N, K)
-    return Fp8Weight(
-        q, q.transpose(1, 2).contiguous(), (amax / largest).view(L, N // 128, K // 128)
-    )
+__all__ = ["Fp8Saved", "check_fp8", "check_scaled", "dgrad", "forward", "is_fp8"]
 
 
 # ---- The MLP ----
@@ -164,6 +50,13 @@ class Fp8Saved:
     w13: Fp8Weight
     w2: Fp8Weight
     row_scale: torch.Tensor | None  # [R, H / 128] where the rows are e4m3
+
+
+def is_fp8(precision: str) -> bool:
+    """Whether `precision` is "fp8"; ValueError unless it is that or "bf16"."""
+    if precision not in ("bf16", "fp8"):
+        raise ValueError(f'precision={precision!r}: pass "bf16" or "fp8"')
+    return precision == "fp8"
 
 
 def check_fp8(rows, row_scale, w13: torch.Tensor, w2: torch.Tensor) -> None:
@@ -203,6 +96,8 @@ def forward(
 
     Only the weights' gradients take SMs over; the fp8 kernels have equal shares.
     """
+    from .fp8_weight import fp8_weight  # imports torch._dynamo, which takes a second
+
     fp8 = Fp8Saved(fp8_weight(w13, implementation), fp8_weight(w2, implementation), row_scale)
     out, gate_up = torch.ops.dualpipe_ext.grouped_fp8_forward(
         rows,
@@ -242,33 +137,33 @@ def dgrad(dout, dout_scale, saved, num_sms: int) -> tuple[torch.Tensor, ...]:
 # ---- Plain torch ----
 
 
-def _rounded(x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    return dequantize_rows(*quantize_rows(x), wide)
+def _rounded(x: torch.Tensor, math: torch.dtype) -> torch.Tensor:
+    return dequantize_rows(*quantize_rows(x), math)
 
 
-def _wide_rows(rows, scale, here: slice, wide: torch.dtype) -> torch.Tensor:
+def _wide_rows(rows, scale, here: slice, math: torch.dtype) -> torch.Tensor:
     if scale is None:
-        return _rounded(rows[here], wide)
-    return dequantize_rows(rows[here], scale[here], wide)
+        return _rounded(rows[here], math)
+    return dequantize_rows(rows[here], scale[here], math)
 
 
-def _wide_matrix(q: torch.Tensor, scales: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+def _wide_matrix(q: torch.Tensor, scales: torch.Tensor, math: torch.dtype) -> torch.Tensor:
     """What one expert's q [N, K] and scales [N / 128, K / 128] stand for."""
-    return q.to(wide) * scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    return q.to(math) * scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
 
 
 @without_autocast
 def _reference_forward(
     rows, row_scale, row_weight, q13, s13, q2, s2, expert_offsets, out, gate_up
 ) -> None:
-    wide = accumulation_dtype(out.dtype)
+    math = wide(out.dtype)
     for expert, (start, end) in enumerate(expert_spans(expert_offsets, len(rows))):
         here = slice(start, end)
-        x = _wide_rows(rows, row_scale, here, wide)
-        gate_up[here] = x @ _wide_matrix(q13[expert], s13[expert], wide).T
-        gate, up = gate_up[here].to(wide).chunk(2, dim=1)
+        x = _wide_rows(rows, row_scale, here, math)
+        gate_up[here] = x @ _wide_matrix(q13[expert], s13[expert], math).T
+        gate, up = gate_up[here].to(math).chunk(2, dim=1)
         act = torch.nn.functional.silu(gate) * up * row_weight[here, None]
-        out[here] = _rounded(act, wide) @ _wide_matrix(q2[expert], s2[expert], wide).T
+        out[here] = _rounded(act, math) @ _wide_matrix(q2[expert], s2[expert], math).T
 
 
 @without_autocast
@@ -287,13 +182,13 @@ def _reference_dgrad(
     d_gate_up,
     act,
 ) -> None:
-    wide = accumulation_dtype(drows.dtype)
+    math = wide(drows.dtype)
     for expert, (start, end) in enumerate(expert_spans(expert_offsets, len(dout))):
         here = slice(start, end)
-        d = _wide_rows(dout, dout_scale, here, wide)
-        d_act = d @ _wide_matrix(t2[expert], s2[expert].T, wide).T
-        d_act = d_act.to(drows.dtype).to(wide)
-        gate, up = gate_up[here].to(wide).chunk(2, dim=1)
+        d = _wide_rows(dout, dout_scale, here, math)
+        d_act = d @ _wide_matrix(t2[expert], s2[expert].T, math).T
+        d_act = d_act.to(drows.dtype).to(math)
+        gate, up = gate_up[here].to(math).chunk(2, dim=1)
         weight = row_weight[here, None]
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
@@ -302,29 +197,10 @@ def _reference_dgrad(
         d_gate = d_act * weight * up * (sigmoid + silu * (1 - sigmoid))
         both = torch.cat((d_gate, d_act * weight * silu), dim=1)
         d_gate_up[here] = both
-        drows[here] = _rounded(both, wide) @ _wide_matrix(t13[expert], s13[expert].T, wide).T
+        drows[here] = _rounded(both, math) @ _wide_matrix(t13[expert], s13[expert].T, math).T
 
 
 # ---- Operators ----
-
-
-def _use_kernels(tensor: torch.Tensor, implementation: str) -> bool:
-    if implementation == "reference":
-        return False
-    fits = tensor.is_cuda and tensor.dtype == torch.bfloat16
-    fits = fits and device_facts(tensor.device)[1][0] == 9
-    if fits and not has_gluon():
-        if implementation == "triton":
-            reason = available.first_failure() or "Triton is missing or too old"
-            raise KernelCompileError(f"{reason}: pass implementation='auto'", is_gluon=True)
-        return False
-    if implementation == "triton" and not fits:
-        raise ValueError(
-            f"implementation='triton' with precision='fp8' takes bfloat16 weights on a Hopper GPU "
-            f"(compute capability 9.0), these are {tensor.dtype} on {tensor.device}: pass "
-            "implementation='auto'"
-        )
-    return fits
 
 
 def _forward(
@@ -333,7 +209,7 @@ def _forward(
     num_sms, implementation, _ = how
     (R, H), I = rows.shape, w2.shape[2]  # noqa: E741
     out, gate_up = w2.new_empty(R, H), w2.new_empty(R, 2 * I)
-    if not _use_kernels(w2, implementation):
+    if not runs_fp8_kernels(w2, implementation):
         _reference_forward(
             rows, row_scale, row_weight, q13, s13, q2, s2, expert_offsets, out, gate_up
         )
@@ -342,8 +218,8 @@ def _forward(
         from ..triton_kernels.experts.fp8_swiglu import swiglu
 
         rows = rows.contiguous()
-        _require_alignment(rows=rows)
-        sms = {"num_sms": _sm_count(rows, num_sms)}
+        check_tma_address(rows=rows)
+        sms = {"num_sms": sm_count(rows, num_sms)}
         x = _fp8_rows(rows, row_scale, expert_offsets, sms)
         how = sms | {"config": FORWARD}
         grouped_fp8_gemm(*x, q13, s13, expert_offsets, gate_up, **how)
@@ -385,15 +261,15 @@ def _dgrad(
     drows, d_gate_up = gate_up.new_empty(dout.shape), torch.empty_like(gate_up)
     act = gate_up.new_empty(len(dout), gate_up.shape[1] // 2)
     drow_weight = torch.zeros_like(row_weight)
-    if not _use_kernels(gate_up, implementation):
+    if not runs_fp8_kernels(gate_up, implementation):
         tensors = (dout, dout_scale, gate_up, row_weight, t13, s13, t2, s2, expert_offsets)
         _reference_dgrad(*tensors, drows, drow_weight, d_gate_up, act)
     elif len(dout):
         from ..triton_kernels.experts.fp8_gemm import BACKWARD, grouped_fp8_gemm
         from ..triton_kernels.experts.fp8_swiglu import swiglu_backward
 
-        _require_alignment(dout=dout)
-        sms = {"num_sms": _sm_count(dout, num_sms)}
+        check_tma_address(dout=dout)
+        sms = {"num_sms": sm_count(dout, num_sms)}
         how = sms | {"config": BACKWARD}
         x = _fp8_rows(dout, dout_scale, expert_offsets, sms)
         d_act = torch.empty_like(act)
@@ -432,8 +308,8 @@ def _backward(ctx, dout, _d_gate_up):
         if main_grad is not None and not hasattr(weight, "main_grad"):
             weight.main_grad = main_grad
     need = ctx.needs_input_grad
-    dw13 = _wgrad(w13, d_gate_up, rows, offsets, *ctx.how) if need[3] else None
-    dw2 = _wgrad(w2, dout, act, offsets, *ctx.how) if need[4] else None
+    dw13 = weight_gradient(w13, d_gate_up, rows, offsets, *ctx.how) if need[3] else None
+    dw2 = weight_gradient(w2, dout, act, offsets, *ctx.how) if need[4] else None
     return drows, None, drow_weight, dw13, dw2, *(None,) * 11
 
 

@@ -11,23 +11,18 @@ is a plain sum. Two implementations compute the same: Triton on the GPU, and a l
 plain torch anywhere.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from . import grouped_fp8
 from .fp8 import dequantize_rows
-from .grouped_reference import reference_dgrad, reference_forward, reference_wgrad
-from .operator import define, device_facts, has_triton
-
-if TYPE_CHECKING:
-    from .grouped_fp8 import Fp8Saved
+from .grouped_reference import reference_dgrad, reference_forward
+from .grouped_wgrad import IMPLEMENTATIONS, runs_triton, weight_gradient
+from .operator import check_num_sms, check_tma_address, define, sm_count
 
 __all__ = ["MLPSaved", "grouped_mlp", "mlp_dgrad", "mlp_forward", "mlp_wgrad"]
-
-IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
 def grouped_mlp(
@@ -71,12 +66,10 @@ def grouped_mlp(
     _check(rows, row_weight, w13, w2, expert_offsets, num_sms, implementation)
     tensors = (rows, row_weight, w13, w2)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if _is_fp8(precision):
-        from .grouped_fp8 import check_fp8, forward
-
-        check_fp8(rows, None, w13, w2)
+    if grouped_fp8.is_fp8(precision):
+        grouped_fp8.check_fp8(rows, None, w13, w2)
         how = (save, num_sms or 0, implementation, take_over)
-        return forward(rows, None, row_weight, w13, w2, expert_offsets, *how)[0]
+        return grouped_fp8.forward(rows, None, row_weight, w13, w2, expert_offsets, *how)[0]
     how = (save, num_sms or 0, implementation, take_over)
     return _forward_operator(*tensors, expert_offsets, *how)[0]
 
@@ -95,7 +88,7 @@ class MLPSaved:
     d_gate_up: torch.Tensor | None  # [R, 2I] its gradient, once mlp_dgrad has run
     num_sms: int  # 0 = all
     implementation: str
-    fp8: "Fp8Saved | None" = None  # of precision="fp8"
+    fp8: grouped_fp8.Fp8Saved | None = None  # of precision="fp8"
     take_over: bool = False
 
 
@@ -119,17 +112,17 @@ def mlp_forward(
     `fp8.quantize_rows` makes them; fastest where the transpose of row_scale is contiguous. Rows
     that pad an expert are zero; out and drows have the weights' dtype.
     """
-    fp8, tensors = _is_fp8(precision), (rows, row_weight, w13, w2, expert_offsets)
+    fp8, tensors = grouped_fp8.is_fp8(precision), (rows, row_weight, w13, w2, expert_offsets)
     wide = rows if row_scale is None else w13.new_empty(1).expand(rows.shape)
     _check(wide, *tensors[1:], num_sms, implementation)
     if fp8 or row_scale is not None:
-        from .grouped_fp8 import check_fp8, forward
-
         if not fp8:
             raise ValueError(f'row_scale with precision={precision!r}: pass precision="fp8"')
-        check_fp8(rows, row_scale, w13, w2)
+        grouped_fp8.check_fp8(rows, row_scale, w13, w2)
         how = (num_sms or 0, implementation)
-        out, gate_up, saved = forward(rows, row_scale, *tensors[1:], True, *how, take_over)
+        out, gate_up, saved = grouped_fp8.forward(
+            rows, row_scale, *tensors[1:], True, *how, take_over
+        )
         return out, MLPSaved(*tensors, None, gate_up, None, *how, saved, take_over)
     how = (num_sms or 0, implementation)
     out, act, gate_up = _forward_operator(*tensors, True, *how, take_over)
@@ -157,9 +150,9 @@ def mlp_dgrad(
     if saved.gate_up is None:
         raise ValueError("mlp_dgrad has already run on this forward: call mlp_forward again")
     if saved.fp8 is not None:
-        from .grouped_fp8 import dgrad
-
-        drows, drow_weight, saved.d_gate_up, saved.act = dgrad(dout, dout_scale, saved, num_sms)
+        drows, drow_weight, saved.d_gate_up, saved.act = grouped_fp8.dgrad(
+            dout, dout_scale, saved, num_sms
+        )
     else:
         drows, drow_weight, saved.d_gate_up = _dgrad_operator(
             dout,
@@ -205,14 +198,14 @@ def mlp_wgrad(
         rows = _wide(rows, saved.fp8.row_scale, saved.w13.dtype)
         dout = _wide(dout, dout_scale, saved.w13.dtype)
     return (
-        _wgrad(saved.w13, saved.d_gate_up, rows, *how, total=totals[0]),
-        _wgrad(saved.w2, dout, saved.act, *how, total=totals[1]),
+        weight_gradient(saved.w13, saved.d_gate_up, rows, *how, total=totals[0]),
+        weight_gradient(saved.w2, dout, saved.act, *how, total=totals[1]),
     )
 
 
 def _share(num_sms: int | None, take_over: bool | None, saved: MLPSaved) -> tuple[int, bool]:
     """The two as operators take them; given neither, those of the forward."""
-    _check_num_sms(num_sms)
+    check_num_sms(num_sms)
     if num_sms is None and take_over is None:
         return saved.num_sms, saved.take_over
     return num_sms or 0, bool(take_over)
@@ -220,22 +213,6 @@ def _share(num_sms: int | None, take_over: bool | None, saved: MLPSaved) -> tupl
 
 def _wide(rows: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     return rows if scale is None else dequantize_rows(rows, scale, dtype)
-
-
-def _wgrad(weight, y, x, *how, total=None) -> torch.Tensor | None:
-    main_grad = getattr(weight, "main_grad", None)
-    if main_grad is not None:
-        _check_main_grad(main_grad, weight)
-    elif total is None or not _can_add(total, weight):
-        return _wgrad_operator(y, x, *how)
-    _wgrad_add_operator(total if main_grad is None else main_grad, y, x, *how)
-    return None
-
-
-def _can_add(total: torch.Tensor, weight: torch.Tensor) -> bool:
-    like = (total.shape, total.device) == (weight.shape, weight.device)
-    dtype = total.dtype in (weight.dtype, torch.float32)
-    return like and dtype and total.is_contiguous() and total.data_ptr() % 16 == 0
 
 
 # ---- Checks ----
@@ -259,7 +236,7 @@ def _check(rows, row_weight, w13, w2, expert_offsets, num_sms, implementation) -
             remedy = f"pad the model width to {max(8, -(-value // 8) * 8)}"
             raise ValueError(f"{name}={value} is not a positive multiple of 8: {remedy}")
     _check_tensors(rows, row_weight, w13, w2, expert_offsets, R, L)
-    _check_num_sms(num_sms)
+    check_num_sms(num_sms)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: pass one of {IMPLEMENTATIONS}")
 
@@ -301,86 +278,13 @@ def _check_dout(dout: torch.Tensor, dout_scale: torch.Tensor | None, saved: MLPS
             raise ValueError(
                 'dout_scale after precision="bf16": pass dout as out, or forward "fp8"'
             )
-        from .grouped_fp8 import check_scaled
-
-        check_scaled("dout", dout, dout_scale, like)
+        grouped_fp8.check_scaled("dout", dout, dout_scale, like)
         like = dout
     if dout.shape != rows.shape or dout.dtype != like.dtype or dout.device != like.device:
         raise ValueError(
             f"dout is {tuple(dout.shape)} {dout.dtype} on {dout.device}: pass the gradient of out, "
             f"{tuple(rows.shape)} {like.dtype} on {like.device}"
         )
-
-
-def _is_fp8(precision: str) -> bool:
-    if precision not in ("bf16", "fp8"):
-        raise ValueError(f'precision={precision!r}: pass "bf16" or "fp8"')
-    return precision == "fp8"
-
-
-def _check_num_sms(num_sms) -> None:
-    if num_sms is not None and (not isinstance(num_sms, int) or num_sms < 1):
-        raise ValueError(f"num_sms={num_sms!r}: pass an int of at least 1, or None for all SMs")
-
-
-def _check_main_grad(main_grad: torch.Tensor, weight: torch.Tensor) -> None:
-    if (
-        main_grad.dtype != torch.float32
-        or main_grad.shape != weight.shape
-        or main_grad.device != weight.device
-        or not main_grad.is_contiguous()
-    ):
-        raise ValueError(
-            f"main_grad is {tuple(main_grad.shape)} {main_grad.dtype} on {main_grad.device} with "
-            f"strides {main_grad.stride()}: pass a contiguous torch.float32 tensor of the weight's "
-            f"shape {tuple(weight.shape)} on {weight.device}"
-        )
-
-
-# ---- Choice of the implementation ----
-
-
-def _use_triton(tensor: torch.Tensor, implementation: str) -> bool:
-    if implementation == "reference":
-        return False
-    if tensor.is_cuda:
-        fits = device_facts(tensor.device)[1] >= (9, 0)
-        if implementation == "auto":
-            return fits and tensor.dtype == torch.bfloat16 and has_triton()
-        if not fits:
-            raise ValueError(
-                f"implementation='triton' needs TMA, compute capability 9.0: {tensor.device} has "
-                f"{device_facts(tensor.device)[1]}; pass implementation='auto'"
-            )
-        if tensor.dtype not in (torch.bfloat16, torch.float16):
-            raise TypeError(
-                f"implementation='triton' takes bfloat16 or float16 on a GPU, rows are "
-                f"{tensor.dtype}: pass implementation='auto'"
-            )
-        return True
-    if implementation == "auto":
-        return False
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return True
-    raise ValueError(
-        f"implementation='triton' needs a GPU, rows are on {tensor.device}: pass "
-        "implementation='auto', or set TRITON_INTERPRET=1 to run Triton's interpreter"
-    )
-
-
-def _require_alignment(**tensors: torch.Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.data_ptr() % 16:
-            raise ValueError(
-                f"{name} starts at address {tensor.data_ptr():#x}, TMA needs a multiple of 16: "
-                f"clone it, or pad what lies in front of it in its buffer"
-            )
-
-
-def _sm_count(tensor: torch.Tensor, num_sms: int) -> int:
-    if num_sms or not tensor.is_cuda:
-        return num_sms or 1
-    return device_facts(tensor.device)[0]
 
 
 # ---- Operators ----
@@ -393,14 +297,14 @@ def _forward(
     rows = rows.contiguous()
     out, act = rows.new_empty(R, H), rows.new_empty(R, I)
     gate_up = rows.new_empty(R, 2 * I) if save else None
-    if not _use_triton(rows, implementation):
+    if not runs_triton(rows, implementation):
         reference_forward(rows, row_weight, w13, w2, expert_offsets, out, act, gate_up)
     elif R:
         from ..triton_kernels.experts.gemm import grouped_gemm
         from ..triton_kernels.experts.swiglu import grouped_gate_up
 
-        _require_alignment(rows=rows, w13=w13, w2=w2)
-        how = {"num_sms": _sm_count(rows, num_sms), "take_over": take_over}
+        check_tma_address(rows=rows, w13=w13, w2=w2)
+        how = {"num_sms": sm_count(rows, num_sms), "take_over": take_over}
         grouped_gate_up(rows, row_weight, w13, expert_offsets, act, gate_up, **how)
         grouped_gemm(act, w2, expert_offsets, out, weight_is_nk=True, **how)
     return out, act, rows.new_empty(0, 2 * I) if gate_up is None else gate_up
@@ -417,7 +321,7 @@ def _dgrad(
     (R, H) = dout.shape
     dout = dout.contiguous()
     drows, d_gate_up = dout.new_empty(R, H), torch.empty_like(gate_up)
-    if not _use_triton(dout, implementation):
+    if not runs_triton(dout, implementation):
         drow_weight = torch.zeros_like(row_weight)
         reference_dgrad(
             dout, gate_up, row_weight, w13, w2, expert_offsets, drows, drow_weight, d_gate_up
@@ -428,8 +332,8 @@ def _dgrad(
         from ..triton_kernels.experts.gemm import grouped_gemm
         from ..triton_kernels.experts.swiglu import grouped_swiglu_backward
 
-        _require_alignment(dout=dout, gate_up=gate_up, w13=w13, w2=w2)
-        how = {"num_sms": _sm_count(dout, num_sms), "take_over": take_over}
+        check_tma_address(dout=dout, gate_up=gate_up, w13=w13, w2=w2)
+        how = {"num_sms": sm_count(dout, num_sms), "take_over": take_over}
         drow_weight = grouped_swiglu_backward(
             dout, w2, gate_up, row_weight, expert_offsets, d_gate_up, **how
         )
@@ -439,34 +343,6 @@ def _dgrad(
 
 def _dgrad_fake(dout, gate_up, row_weight, w13, w2, expert_offsets, *how):
     return dout.new_empty(dout.shape), torch.empty_like(row_weight), torch.empty_like(gate_up)
-
-
-def _wgrad_into(dw, accumulate, y, x, expert_offsets, num_sms, implementation, take_over=False):
-    y, x = y.contiguous(), x.contiguous()
-    if not _use_triton(y, implementation):
-        reference_wgrad(y, x, expert_offsets, dw, accumulate)
-    elif y.shape[0]:
-        from ..triton_kernels.experts.wgrad import grouped_wgrad
-
-        _require_alignment(y=y, x=x, dw=dw)
-        how = {"num_sms": _sm_count(y, num_sms), "accumulate": accumulate}
-        grouped_wgrad(y, x, expert_offsets, dw, **how)
-    elif not accumulate:
-        dw.zero_()
-
-
-def _wgrad_new(y, x, expert_offsets, *how):
-    dw = _wgrad_fake(y, x, expert_offsets)
-    _wgrad_into(dw, False, y, x, expert_offsets, *how)
-    return dw
-
-
-def _wgrad_fake(y, x, expert_offsets, *how):
-    return y.new_empty(expert_offsets.shape[0] - 1, y.shape[1], x.shape[1])
-
-
-def _wgrad_add(total, *y_x_and_how):
-    _wgrad_into(total, True, *y_x_and_how)
 
 
 def _setup_context(ctx, inputs, output):
@@ -486,8 +362,8 @@ def _backward(ctx, dout, _d_act, _d_gate_up):
         if main_grad is not None and not hasattr(weight, "main_grad"):
             weight.main_grad = main_grad
     need = ctx.needs_input_grad
-    dw13 = _wgrad(w13, d_gate_up, rows, *how) if need[2] else None
-    dw2 = _wgrad(w2, dout, act, *how) if need[3] else None
+    dw13 = weight_gradient(w13, d_gate_up, rows, *how) if need[2] else None
+    dw2 = weight_gradient(w2, dout, act, *how) if need[3] else None
     return drows, drow_weight, dw13, dw2, None, None, None, None, None
 
 
@@ -505,14 +381,4 @@ _dgrad_operator = define(
     f"Tensor expert_offsets, {_HOW}) -> (Tensor, Tensor, Tensor)",
     _dgrad,
     _dgrad_fake,
-)
-_wgrad_operator = define(
-    f"grouped_wgrad(Tensor y, Tensor x, Tensor expert_offsets, {_HOW}) -> Tensor",
-    _wgrad_new,
-    _wgrad_fake,
-)
-_wgrad_add_operator = define(
-    f"grouped_wgrad_(Tensor(a!) total, Tensor y, Tensor x, Tensor expert_offsets, {_HOW}) -> ()",
-    _wgrad_add,
-    lambda *arguments: None,
 )

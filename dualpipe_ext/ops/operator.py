@@ -22,6 +22,7 @@ from ..triton_kernels.launch import available
 __all__ = [
     "autocast_off",
     "check_num_sms",
+    "check_tma_address",
     "define",
     "device_facts",
     "has_gluon",
@@ -274,6 +275,16 @@ def sm_count(tensor: torch.Tensor, num_sms: int) -> int:
     if num_sms or not tensor.is_cuda:
         return num_sms or 1
     return device_facts(tensor.device)[0]
+
+
+def check_tma_address(**tensors: torch.Tensor) -> None:
+    """ValueError for a tensor, by name, that does not start where TMA can."""
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() % 16:
+            raise ValueError(
+                f"{name} starts at address {tensor.data_ptr():#x}, TMA needs a multiple of 16: "
+                f"clone it, or pad what lies in front of it in its buffer"
+            )
 
 
 def check_num_sms(num_sms: int | None) -> int:

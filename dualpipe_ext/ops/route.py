@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compat import constant_in_graphs
-from ..moe.router import count_tokens, select_experts
 from .operator import check_num_sms, define, has_gluon, sm_count, use_triton, without_autocast
+from .route_reference import count_tokens, score, select_experts, weigh
 
 __all__ = ["fits", "fits_hopper", "route"]
 
@@ -126,14 +126,11 @@ def _forward(
         )
         return topk_weight, probability_sum, topk_idx, count, logits
     logits = F.linear(x.float(), weight)
-    scores, probability = _scores(logits, bias is None)
-    ranking = logits if bias is None else scores  # the same order, without ties from underflow
+    scores, probability, ranking = score(logits, "softmax" if bias is None else "sigmoid")
     topk_idx = select_experts(ranking, bias, topk, n_groups, topk_groups)
-    topk_weight = scores.gather(1, topk_idx)
-    if renormalize:
-        topk_weight = topk_weight / (topk_weight.sum(dim=1, keepdim=True) + 1e-20)
+    topk_weight = weigh(scores, topk_idx, renormalize, route_scale)
     count = count_tokens(topk_idx, weight.shape[0])
-    return topk_weight * route_scale, probability.sum(dim=0), topk_idx.int(), count, logits
+    return topk_weight, probability.sum(dim=0), topk_idx.int(), count, logits
 
 
 def _route_triton(x, weight, bias, **how):
@@ -149,15 +146,6 @@ def _route_hopper(x, weight, bias, *, n_groups, num_sms, **how):
     parts = logits_hopper(x, weight, n_groups=n_groups, num_sms=num_sms)
     how |= dict(n_groups=n_groups, num_sms=num_sms)
     return choose(parts, bias, num_experts=weight.shape[0], **how)
-
-
-def _scores(logits: Tensor, softmax: bool) -> tuple[Tensor, Tensor]:
-    """Scores and probabilities [T, E]."""
-    if softmax:
-        scores = logits.softmax(dim=1)
-        return scores, scores
-    scores = logits.sigmoid()
-    return scores, scores / (scores.sum(dim=1, keepdim=True) + 1e-20)
 
 
 def _part(x: Tensor) -> torch.dtype:
@@ -218,7 +206,7 @@ def _backward(
             hopper=hopper,
             part=_part(x),
         )
-    scores, probability = _scores(logits, softmax)
+    scores, probability, _ = score(logits, "softmax" if softmax else "sigmoid")
     d_chosen = d_topk_weight * route_scale
     topk_idx = topk_idx.long()
     if renormalize:

@@ -29,9 +29,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import DualPipeError
-from ..exchange.options import host_identity as host_identity
 from ..ranks.agreement import Agreement, seconds
 from ..ranks.backend import choose_backend
+from ..ranks.groups import host_identity
 from ..ranks.peer_memory import PeerMemory
 from .packing import Part, pack, unpack
 from .peer_links import LinkLayout, PeerLinks

@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..blocks.pair import OverlappedPair
 from ..errors import DualPipeError, PeerTimeoutError
-from ..exchange.exchange import process_group
 from ..gradients.data_parallel import GradientSync, unwrap
 from ..ranks.agreement import Agreement, seconds
+from ..ranks.groups import process_group
 from .links import Links
 from .schedule import Schedule, build_schedule
 from .step import Batch, Step, cut_batch

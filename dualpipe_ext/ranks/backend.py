@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..build_record import read_build_record
+
 __all__ = ["MAX_RANKS", "choose_backend"]
 
 MAX_RANKS = 8  # one NVLink domain
@@ -45,8 +47,6 @@ def _nvlink_obstacle(device: torch.device, world_size: int) -> str | None:
     try:
         from .. import _C  # noqa: F401
     except ImportError as error:
-        from ..environment import read_build_record
-
         build = read_build_record()
         reason = f"{error}: reinstall it" if build["built"] else build["reason"]
         return f"the CUDA extension is missing ({reason})"

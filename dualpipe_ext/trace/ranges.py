@@ -7,7 +7,9 @@ from torch.profiler import record_function
 
 from ..compat import is_profiling
 
-__all__ = ["named_range"]
+__all__ = ["LANES", "named_range"]
+
+LANES = ("compute", "comm")  # of an overlapped pair
 
 _NOTHING = nullcontext()
 

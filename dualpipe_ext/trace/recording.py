@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..blocks.pair import LANES
+from .ranges import LANES
 
 __all__ = ["add_lanes", "record_trace"]
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from dualpipe_ext import MoELayer
 from dualpipe_ext.blocks.block import TransformerBlock
 from dualpipe_ext.ops.fp8 import dequantize_rows, quantize_rows
-from dualpipe_ext.ops.grouped_fp8 import forget_fp8, fp8_weight
+from dualpipe_ext.ops.fp8_weight import forget_fp8, fp8_weight
 from dualpipe_ext.ops.grouped_mlp import grouped_mlp, mlp_dgrad, mlp_forward, mlp_wgrad
 from tests.ops.test_grouped_mlp import make_problem, relative_error
 from tests.support.grouped_fp8_cases import quantize_squares

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dualpipe_ext.environment import read_build_record
+from dualpipe_ext.build_record import read_build_record
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_TOOLS = {"PATH": "/nonexistent", "CUDA_HOME": "", "CUDA_PATH": "", "CXX": ""}

@@ -21,7 +21,9 @@ from dualpipe_ext.ops import operator as operators
 from dualpipe_ext.triton_kernels.launch import available
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = sorted({*ROOT.glob("dualpipe_ext/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")})
+FILES = {*ROOT.glob("dualpipe_ext/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")}
+# integrations/: what belongs to one class of another library stays in its file.
+PACKAGE = sorted(FILES - {*ROOT.glob("dualpipe_ext/integrations/*.py")})
 MOVING = ("triton.runtime", "triton.backends", "triton.compiler", "triton.knobs", "triton.tools")
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dualpipe_ext.moe.router import count_tokens, select_experts
 from dualpipe_ext.ops.route import _scores
+from dualpipe_ext.ops.route_reference import count_tokens, select_experts
 from tests.support.block_ops_cases import drawn
 from tests.triton_kernels.test_router_hopper import emulated
 
