@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .balance.eplb import measure_placement, rebalance_experts
     from .balance.placement import ExpertPlacement
     from .blocks.attention import GroupedQueryAttention, LatentAttention
-    from .blocks.block import RoutedExperts, TransformerBlock
+    from .blocks.block import TransformerBlock
     from .blocks.pair import OverlappedPair
     from .blocks.stage import TransformerStage
     from .blocks.tune import Split, tune_split
@@ -29,16 +29,22 @@ if TYPE_CHECKING:
     )
     from .exchange.exchange import Exchange
     from .exchange.plan import Plan
-    from .gradients.delayed import DelayedLinear
+    from .gradients.delayed import DelayedLinear, delay_linears
     from .moe.checkpoint import load_optimizer_state_dict, optimizer_state_dict
     from .moe.layer import MoELayer
+    from .moe.routed import RoutedExperts
+    from .moe.router import Router, Routes
+    from .ops.cross_entropy import cross_entropy
+    from .ops.expert_order import ROW_ALIGNMENT
     from .ops.grouped_mlp import grouped_mlp
+    from .ops.route_reference import balance_loss, count_tokens
     from .pipeline.pipeline import Pipeline
     from .trace.recording import record_trace
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ROW_ALIGNMENT",
     "DelayedLinear",
     "DualPipeError",
     "Exchange",
@@ -54,11 +60,17 @@ __all__ = [
     "Pipeline",
     "Plan",
     "RoutedExperts",
+    "Router",
+    "Routes",
     "RowsOverflowError",
     "Split",
     "TransformerBlock",
     "TransformerStage",
     "UncheckedVersionWarning",
+    "balance_loss",
+    "count_tokens",
+    "cross_entropy",
+    "delay_linears",
     "grouped_mlp",
     "load_optimizer_state_dict",
     "measure_placement",
@@ -69,23 +81,28 @@ __all__ = [
 ]
 
 _MODULES = {
-    "blocks.attention": "GroupedQueryAttention LatentAttention",
-    "blocks.block": "RoutedExperts TransformerBlock",
     "balance.eplb": "measure_placement rebalance_experts",
-    "errors": "DualPipeError ExchangeClosedError KernelCompileError MissingKernelsWarning "
-    "PeerTimeoutError RowsOverflowError UncheckedVersionWarning",
-    "exchange.exchange": "Exchange",
-    "ops.grouped_mlp": "grouped_mlp",
-    "moe.layer": "MoELayer",
-    "moe.checkpoint": "load_optimizer_state_dict optimizer_state_dict",
-    "blocks.pair": "OverlappedPair",
-    "pipeline.pipeline": "Pipeline",
     "balance.placement": "ExpertPlacement",
-    "trace.recording": "record_trace",
-    "exchange.plan": "Plan",
+    "blocks.attention": "GroupedQueryAttention LatentAttention",
+    "blocks.block": "TransformerBlock",
+    "blocks.pair": "OverlappedPair",
     "blocks.stage": "TransformerStage",
     "blocks.tune": "Split tune_split",
-    "gradients.delayed": "DelayedLinear",
+    "errors": "DualPipeError ExchangeClosedError KernelCompileError "
+    "MissingKernelsWarning PeerTimeoutError RowsOverflowError UncheckedVersionWarning",
+    "exchange.exchange": "Exchange",
+    "exchange.plan": "Plan",
+    "gradients.delayed": "DelayedLinear delay_linears",
+    "moe.checkpoint": "load_optimizer_state_dict optimizer_state_dict",
+    "moe.layer": "MoELayer",
+    "moe.routed": "RoutedExperts",
+    "moe.router": "Router Routes",
+    "ops.cross_entropy": "cross_entropy",
+    "ops.expert_order": "ROW_ALIGNMENT",
+    "ops.grouped_mlp": "grouped_mlp",
+    "ops.route_reference": "balance_loss count_tokens",
+    "pipeline.pipeline": "Pipeline",
+    "trace.recording": "record_trace",
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -82,13 +82,13 @@ def build_stage(
 
 
 class TimedExchange(TimedCalls):
-    """Also the calls that a pair makes of unique rows, with --comm-sms 0: copy engines."""
+    """Also the calls that a pair makes."""
 
-    def dispatch_unique(self, x, plan, **options):
-        return self._timed(super().dispatch_unique, x, plan, **options)
+    def send(self, x, plan, **options):
+        return self._timed(super().send, x, plan, **options)
 
-    def combine_unique(self, plan, **options):
-        return self._timed(super().combine_unique, plan, **options)
+    def fetch(self, departure, plan, **options):
+        return self._timed(super().fetch, departure, plan, **options)
 
 
 def average_gradients(stages: list[TransformerStage], group: dist.ProcessGroup) -> None:

@@ -24,11 +24,11 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from ..exchange.exchange import Exchange
 from ..ops.operator import device_facts
 from ..trace.ranges import named_range
 from ..triton_kernels.launch.sm_sharing import can_claim, claim_sms, make_counters
-from .block import BlockChunk
+from .chunk import BlockChunk
+from .split import SmSplit
 from .stage import WEIGHT_DELAYS, StageChunk
 
 __all__ = ["OverlappedPair"]
@@ -109,7 +109,7 @@ class OverlappedPair:
             for i, (block_f, block_b) in enumerate(layers):
                 f.layer, b.layer = i, len(backward.blocks) - 1 - i
                 if block_b is not None:
-                    run(_comm(block_b), b, "combine", block_b.combine_backward, dx)
+                    run(block_b.lane, b, "combine", block_b.combine_backward, dx)
                 if before is not None and block_f is not None:
                     x = run("compute", f, "output", before.output)
                 self._layer(f, block_f, x, b, block_b)
@@ -158,15 +158,15 @@ class OverlappedPair:
             for i, (block_a, block_b) in enumerate(zip(first.blocks, second.blocks, strict=True)):
                 a.layer = b.layer = i
                 run("compute", a, "attention", block_a.attention, x)
-                run(_comm(block_a), a, "plan", block_a.plan)
+                run(block_a.lane, a, "plan", block_a.plan)
                 run("compute", b, "attention", block_b.attention, y)
-                run(_comm(block_a), a, "dispatch", block_a.dispatch)
-                run(_comm(block_b), b, "plan", block_b.plan)
-                run("compute", a, "mlp", block_a.mlp, *block_a.beside_communication(self.num_sms))
-                run(_comm(block_b), b, "dispatch", block_b.dispatch)
-                run(_comm(block_a), a, "combine", block_a.combine)
-                run("compute", b, "mlp", block_b.mlp, *block_b.beside_communication(self.num_sms))
-                run(_comm(block_b), b, "combine", block_b.combine)
+                run(block_a.lane, a, "dispatch", block_a.dispatch)
+                run(block_b.lane, b, "plan", block_b.plan)
+                run("compute", a, "mlp", block_a.mlp)
+                run(block_b.lane, b, "dispatch", block_b.dispatch)
+                run(block_a.lane, a, "combine", block_a.combine)
+                run("compute", b, "mlp", block_b.mlp)
+                run(block_b.lane, b, "combine", block_b.combine)
                 x = run("compute", a, "output", block_a.output)
                 y = run("compute", b, "output", block_b.output)
             outputs = run("compute", a, "end", first.end_forward, x)
@@ -184,21 +184,20 @@ class OverlappedPair:
         run = self._lanes.run
         if forward is not None:
             run("compute", f, "attention", forward.attention, x)
-            run(_comm(forward), f, "plan", forward.plan)
+            run(forward.lane, f, "plan", forward.plan)
         if backward is not None:
-            share = backward.beside_communication(self.num_sms)
             if self.weight_delay == "off":
-                run("compute", b, "mlp", _mlp_backward_whole, backward, *share)
+                run("compute", b, "mlp", _mlp_backward_whole, backward)
             else:
-                run("compute", b, "mlp", backward.mlp_backward, *share)
+                run("compute", b, "mlp", backward.mlp_backward)
                 run("compute", None, "mlp W", backward.mlp_backward_weight)
         if forward is not None:
-            run(_comm(forward), f, "dispatch", forward.dispatch)
+            run(forward.lane, f, "dispatch", forward.dispatch)
         if backward is not None:
-            run(_comm(backward), b, "dispatch", backward.dispatch_backward)
+            run(backward.lane, b, "dispatch", backward.dispatch_backward)
         if forward is not None:
-            run("compute", f, "mlp", forward.mlp, *forward.beside_communication(self.num_sms))
-            run(_comm(forward), f, "combine", forward.combine)
+            run("compute", f, "mlp", forward.mlp)
+            run(forward.lane, f, "combine", forward.combine)
 
     def _backward(
         self, track: _Track, name: str, inputs: Callable, weights: Callable | None, *args
@@ -219,20 +218,22 @@ class OverlappedPair:
     @contextmanager
     def _window(self, *chunks: StageChunk):
         """Both lanes start after what is queued now, and what follows starts after both."""
-        exchanges = _exchanges(chunks)
-        before = [(exchange.comm_sms, exchange.num_sms) for exchange in exchanges]
+        split = SmSplit(self.comm_sms, self.num_sms)
+        blocks = [block for chunk in chunks for block in chunk.blocks]
         try:
-            for exchange in exchanges:
-                _set_sms(exchange, self.comm_sms, self.num_sms)
-            self._lanes.open(max((exchange.comm_sms for exchange in exchanges), default=0))
+            for block in blocks:
+                block.split = split
+                if block.exchange is not None:
+                    split.adopt(block.exchange)
+            self._lanes.open(split)
             try:
                 yield
             finally:
                 self._lanes.close()
         finally:
-            for exchange, sms in zip(exchanges, before, strict=True):
-                if not exchange.closed:
-                    _set_sms(exchange, *sms)
+            for block in blocks:
+                block.split = None
+            split.restore()
 
 
 class _Track:
@@ -251,16 +252,15 @@ class _Lanes:
         # High priority: the few SMs that communication takes should not wait for a GEMM to end.
         self._comm = torch.cuda.Stream(device, priority=-1) if self._cuda else None
         self._compute: torch.cuda.Stream | None = None
-        self._limit = 0  # programs of a kernel while the other lane communicates, 0: any number
+        self._split: SmSplit | None = None  # where kernels can give way, while a pair runs
 
-    def open(self, comm_sms: int) -> None:
+    def open(self, split: SmSplit) -> None:
         if self._cuda:
-            self._limit = 0
             device = self._comm.device
+            self._split = None
             if can_claim(device):
                 make_counters(device)
-                if comm_sms:
-                    self._limit = max(1, device_facts(device)[0] - comm_sms)
+                self._split = split
             self._compute = torch.cuda.current_stream(device)
             self._comm.wait_stream(self._compute)
 
@@ -307,47 +307,24 @@ class _Lanes:
         """On its stream; kernels that draw tiles leave its SMs free while the GPU runs it."""
         torch.cuda.set_stream(self._comm)  # its context manager takes 9 us
         try:
-            if not self._limit:
+            if self._split is None or not self._split.largest:
                 return function(*args)
-            claim_sms(self._comm.device, self._limit)
+            device = self._comm.device
+            claim_sms(device, max(1, device_facts(device)[0] - self._split.largest))
             try:
                 found = function(*args)
             except BaseException:
                 with suppress(RuntimeError):  # of a broken stream, which the first error tells
-                    claim_sms(self._comm.device, 0)
+                    claim_sms(device, 0)
                 raise
-            claim_sms(self._comm.device, 0)
+            claim_sms(device, 0)
             return found
         finally:
             torch.cuda.set_stream(self._compute)
 
 
-def _exchanges(chunks: Sequence[StageChunk]) -> list[Exchange]:
-    found = {}
-    for chunk in chunks:
-        for block in chunk.blocks:
-            if block.exchange is not None:
-                found[id(block.exchange)] = block.exchange
-    return list(found.values())
-
-
-def _set_sms(exchange: Exchange, comm_sms: int | float | None, num_sms: int | None) -> None:
-    if comm_sms is not None:
-        exchange.comm_sms = comm_sms
-    if num_sms is not None:
-        exchange.num_sms = num_sms
-    elif exchange.num_sms is not None:  # of kernels with equal shares: none may wait for an SM
-        free = device_facts(exchange.device)[0] - exchange.comm_sms
-        exchange.num_sms = min(exchange.num_sms, free)
-
-
-def _comm(block: BlockChunk) -> str:
-    """The lane of its exchanges: a dense block has none, and must not wait behind others'."""
-    return "comm" if block.block.routed else "compute"
-
-
-def _mlp_backward_whole(block: BlockChunk, *share) -> tuple[Tensor, ...]:
-    return _run_both(block.mlp_backward, block.mlp_backward_weight, *share)
+def _mlp_backward_whole(block: BlockChunk) -> tuple[Tensor, ...]:
+    return _run_both(block.mlp_backward, block.mlp_backward_weight)
 
 
 def _run_both(inputs: Callable, weights: Callable, *args):

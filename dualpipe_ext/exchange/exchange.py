@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from ..errors import ExchangeClosedError
+from ..ops.operator import device_facts
 from ..ranks.groups import process_group
 from ..trace.ranges import named_range
 from ..triton_kernels.launch import available
+from .backend import Arrival, Backend, Departure, Weighted
 from .options import ExchangeOptions, agree_on_backend
 from .plan import Plan, RoutingLayout
 from .reference import ReferenceBackend
-from .unique_rows import UniqueRows
 
 __all__ = ["CHANNELS", "Exchange"]
 
@@ -45,8 +46,8 @@ class Exchange:
         timeout: seconds a kernel waits for a peer before it gives up.
         device: where the tokens are; default the current CUDA device, else the CPU.
         form: who brings rows into expert order and sums a token's rows before the way home.
-            "expert": the communication SMs. "unique": compute kernels on ``num_sms`` SMs, behind
-            and before a transfer of unique rows, which takes fewer SMs and can send fp8, and twice
+            "expert": the communication SMs. "unique": compute kernels on ``num_sms`` SMs, after and
+            before a transfer of unique rows, which takes fewer SMs and can send fp8, and twice
             the peer memory. None: "unique" for ``comm_sms`` up to 16 or an eighth of the GPU's,
             where a layer by itself is up to 13 % faster so, else "expert". Pairs of wide layers
             are faster with it on 8 SMs, not on 16. Results are the same.
@@ -93,7 +94,8 @@ class Exchange:
         self.hidden, self.num_experts, self.topk = hidden, num_experts, topk
         self.max_tokens, self.dtype, self.timeout = max_tokens, dtype, timeout
         self.max_rows = max_rows
-        self._backend, self._comm_sms = None, 0
+        self._backend: Backend | None = None
+        self._comm_sms = 0
         options = ExchangeOptions(
             hidden=hidden,
             num_experts=num_experts,
@@ -112,17 +114,19 @@ class Exchange:
         if backend == "nvlink":
             available.require(self)
         self.layout = RoutingLayout(self.rank, self.world_size, num_experts, topk, max_tokens)
-        if self.backend == "nvlink":
-            if self.form == "unique":
-                from .nvlink_unique import NvlinkUniqueBackend as Backend
-            else:
-                from .nvlink import NvlinkBackend as Backend
-            self._backend = Backend(
-                self.group, self.layout, hidden, dtype, self.device, timeout, max_rows
-            )
-        else:
-            self._backend = ReferenceBackend(self.group, self.layout, hidden, dtype, max_rows)
+        self._backend = self._open()
         self.comm_sms = comm_sms
+
+    def _open(self) -> Backend:
+        sizes = self.group, self.layout, self.hidden, self.dtype
+        if self.backend == "reference":
+            return ReferenceBackend(*sizes, self.max_rows, unique=self.form == "unique")
+        # Not before: a package without its CUDA kernels has neither.
+        from .nvlink_expert import NvlinkExpertBackend
+        from .nvlink_unique import NvlinkUniqueBackend
+
+        kind = NvlinkUniqueBackend if self.form == "unique" else NvlinkExpertBackend
+        return kind(*sizes, self.device, self.timeout, self.max_rows)
 
     @property
     def num_local_experts(self) -> int:
@@ -136,28 +140,14 @@ class Exchange:
 
     @comm_sms.setter
     def comm_sms(self, comm_sms: int | float) -> None:
-        self._check_open()
+        backend = self._opened()
         self._comm_sms = self._count_sms(comm_sms) if self.backend == "nvlink" else 0
-        self._backend.comm_sms = self._comm_sms
-
-    @property
-    def num_sms(self) -> int | None:
-        """SMs of the compute kernels of form "unique"; settable. None where there are none."""
-        return getattr(self._backend, "num_sms", None)
-
-    @num_sms.setter
-    def num_sms(self, num_sms: int) -> None:
-        self._check_open()
-        if self.num_sms is not None:
-            total = torch.cuda.get_device_properties(self.device).multi_processor_count
-            if not isinstance(num_sms, int) or not 1 <= num_sms <= total:
-                raise ValueError(f"num_sms={num_sms!r} is outside [1, {total}], this GPU's SMs")
-            self._backend.num_sms = num_sms
+        backend.comm_sms = self._comm_sms
 
     @property
     def peer_bytes(self) -> int:
         """Bytes of peer memory that this exchange holds on each rank; 0 without NVLink."""
-        return getattr(self._backend, "peer_bytes", 0)
+        return 0 if self._backend is None else self._backend.peer_bytes
 
     @property
     def closed(self) -> bool:
@@ -175,7 +165,7 @@ class Exchange:
             IndexError on every rank: here on the reference backend, at ``plan.num_rows`` (which
             dispatch reads) on the NVLink backend.
         """
-        self._check_open()
+        backend = self._opened()
         _check_tensor("topk_idx", topk_idx, torch.int32, self.device)
         if topk_idx.dim() != 2 or topk_idx.shape[1] != self.topk:
             raise ValueError(
@@ -187,7 +177,10 @@ class Exchange:
                 f"{topk_idx.shape[0]} tokens exceed max_tokens={self.max_tokens}: make the "
                 f"Exchange with max_tokens={topk_idx.shape[0]} on every rank, or send fewer"
             )
-        return self._backend_call("plan", topk_idx.contiguous())
+        with named_range("dualpipe_ext::plan"):
+            return backend.plan(topk_idx.contiguous())
+
+    # ---- With autograd ----
 
     def dispatch(
         self,
@@ -197,6 +190,7 @@ class Exchange:
         channel: str = "forward",
         topk_weight: torch.Tensor | None = None,
         payload: str | None = None,
+        num_sms: int | None = None,
     ):
         """Send every token to its experts. Collective, differentiable (the backward is a combine).
 
@@ -207,13 +201,17 @@ class Exchange:
             topk_weight: [T, K] fp32, sent along when given.
             payload: "fp8" sends float8_e4m3fn with an fp32 scale for 128 columns, in half the time;
                 form "unique" only. The gradient passes straight through the rounding.
+            num_sms: SMs of the compute kernels that form "unique" has, here and in the backward;
+                None: all.
 
         Returns:
             rows [R, H] in expert order, padding rows zero; with topk_weight a pair of these and
             row_weight [R] fp32, padding zero. With ``max_rows`` the first dimension is that.
         """
         self._check_dispatch(x, plan, channel, topk_weight, payload)
-        rows, row_weight = _Transfer.apply(x, topk_weight, self, plan, "dispatch", channel, payload)
+        self._check_num_sms(num_sms)
+        how = self, plan, channel, payload, num_sms
+        rows, row_weight = _Dispatch.apply(x, topk_weight, *how)
         return rows if topk_weight is None else (rows, row_weight)
 
     def combine(
@@ -223,6 +221,7 @@ class Exchange:
         *,
         channel: str = "forward",
         row_weight: torch.Tensor | None = None,
+        num_sms: int | None = None,
     ):
         """Bring every expert's rows home and sum them. Collective, differentiable.
 
@@ -232,6 +231,7 @@ class Exchange:
             channel: "forward" or "backward".
             row_weight: [R] fp32 scalars returned route by route when given, such as the gradient
                 of the routing weights.
+            num_sms: as in :meth:`dispatch`.
 
         Returns:
             y [T, H], the sum over a token's rows in fp32, rounded once a rank and once at the end;
@@ -239,10 +239,13 @@ class Exchange:
         """
         self._check_call(plan, channel)
         self._check_combine(rows, plan, row_weight)
-        y, topk_weight = _Transfer.apply(rows, row_weight, self, plan, "combine", channel, None)
+        self._check_num_sms(num_sms)
+        y, topk_weight = _Combine.apply(rows, row_weight, self, plan, channel, num_sms)
         return y if row_weight is None else (y, topk_weight)
 
-    def dispatch_unique(
+    # ---- The four calls, without autograd, for schedulers ----
+
+    def send(
         self,
         x: torch.Tensor,
         plan: Plan,
@@ -250,73 +253,87 @@ class Exchange:
         channel: str = "forward",
         topk_weight: torch.Tensor | None = None,
         payload: str | None = None,
-    ) -> UniqueRows:
-        """Send every token once to each rank that has an expert of it. Form "unique"; no autograd.
+        num_sms: int | None = None,
+    ) -> Arrival:
+        """The communication of a dispatch, to be followed by :meth:`arrive`. Collective.
 
-        Arguments as in :meth:`dispatch`. The consumer brings rows into expert order with
-        :meth:`expand`, or gathers them by ``plan.expert_rows`` and then releases what it got.
+        Arguments as in :meth:`dispatch`; `num_sms` counts where copy engines communicate.
+
+        In form "unique" the result is :class:`~dualpipe_ext.exchange.backend.UniqueRows`, which a
+        caller may also gather from by ``plan.expert_rows`` and then release.
         """
         self._check_dispatch(x, plan, channel, topk_weight, payload)
-        self._check_unique("dispatch_unique")
+        self._check_num_sms(num_sms)
         weight = None if topk_weight is None else topk_weight.contiguous()
-        rows, scales, weights = self._backend_call(
-            "dispatch_unique", x.contiguous(), plan, weight, channel, payload
-        )
-        backend = self._backend
-        return UniqueRows(rows, scales, weights, channel, lambda: backend.release(channel))
+        return self._send(x.contiguous(), plan, weight, channel, payload, num_sms)
 
-    def expand(self, received: UniqueRows, plan: Plan):
-        """Bring received rows into expert order on ``num_sms`` SMs, and release them.
+    def arrive(self, arrival: Arrival, plan: Plan, *, num_sms: int | None = None):
+        """Rows in expert order of what :meth:`send` brought, which it releases.
 
         Returns what :meth:`dispatch` would. Not collective: it may run on another stream than the
-        dispatch, ordered behind it, such as beside the next transfer.
+        send, ordered behind it, such as beside the next transfer. Form "unique" computes on
+        `num_sms` SMs, form "expert" has nothing to do.
         """
-        self._check_call(plan, received.channel)
-        self._check_unique("expand")
-        found = received.rows, received.scales, received.topk_weight
-        rows, row_weight = self._backend_call("expand", found, plan, received.channel)
+        self._check_call(plan, arrival.channel)
+        self._check_num_sms(num_sms)
+        rows, row_weight = self._arrive(arrival, plan, num_sms)
         return rows if row_weight is None else (rows, row_weight)
 
-    def sums(self, plan: Plan, *, channel: str = "forward") -> torch.Tensor:
-        """Where :meth:`combine_unique` reads: [P, max_tokens, H], to be filled by the caller,
-        or by :meth:`sum_rows`.
-
-        Row [p, i], i < ``plan.unique_counts[p]``, takes the sum of this rank's rows of the i-th
-        token that rank p sent here, ``plan.expert_rows[p, i]``. Writable from this call on (in
-        stream order) until combine_unique.
-        """
-        self._check_call(plan, channel)
-        self._check_unique("sums")
-        return self._backend.sums(plan, channel)
-
-    def sum_rows(
+    def leave(
         self,
-        rows: torch.Tensor,
+        rows: torch.Tensor | None,
         plan: Plan,
         *,
         channel: str = "forward",
         row_weight: torch.Tensor | None = None,
-    ) -> None:
-        """Fill :meth:`sums` from rows [R, H] in expert order, on ``num_sms`` SMs.
+        num_sms: int | None = None,
+    ) -> Departure:
+        """Make rows [R, H] in expert order ready for :meth:`fetch`. Not collective.
 
-        With row_weight [R] fp32 the scalars go along. Not collective; no autograd.
+        Form "unique" sums a token's rows on `num_sms` SMs, form "expert" has nothing to do. With
+        row_weight [R] fp32 the scalars go along. ``rows=None`` (form "unique") leaves the sums to
+        the caller, who fills ``Departure.sums`` in stream order before the fetch.
         """
         self._check_call(plan, channel)
-        self._check_unique("sum_rows")
-        self._check_combine(rows, plan, row_weight)
+        self._check_num_sms(num_sms)
+        if rows is None:
+            self._check_unique("leave(None)")
+            if row_weight is not None:
+                raise ValueError("leave(None) takes no row_weight: pass rows with it")
+        else:
+            self._check_combine(rows, plan, row_weight)
+            rows = rows.contiguous()
         row_weight = None if row_weight is None else row_weight.contiguous()
-        self._backend_call("sum_rows", rows.contiguous(), plan, row_weight, channel)
+        return self._leave(rows, plan, row_weight, channel, num_sms)
 
-    def combine_unique(self, plan: Plan, *, channel: str = "forward", weighted: bool = False):
-        """y [T, H]: add up the sums that every rank has for this rank's tokens, in rank order.
+    def fetch(self, departure: Departure, plan: Plan, *, num_sms: int | None = None):
+        """The communication of a combine. Collective.
 
-        Collective, no autograd; the sums are what :meth:`sums` gave and the caller filled. With
-        ``weighted`` a pair of these and the scalars [T, K] that every rank gave :meth:`sum_rows`.
+        Returns y [T, H], each token's sum; a pair of it and the scalars [T, K] if :meth:`leave` was
+        given any. `num_sms` counts where copy engines communicate.
         """
-        self._check_call(plan, channel)
-        self._check_unique("combine_unique")
-        y, topk_weight = self._backend_call("combine_unique", plan, channel, weighted)
-        return (y, topk_weight) if weighted else y
+        self._check_call(plan, departure.channel)
+        self._check_num_sms(num_sms)
+        y, topk_weight = self._fetch(departure, plan, num_sms)
+        return (y, topk_weight) if departure.weighted else y
+
+    def _send(self, x, plan, topk_weight, channel, payload, num_sms) -> Arrival:
+        with named_range("dualpipe_ext::send"):
+            return self._opened().send(x, plan, topk_weight, channel, payload, num_sms)
+
+    def _arrive(self, arrival, plan, num_sms) -> Weighted:
+        with named_range("dualpipe_ext::arrive"):
+            return self._opened().arrive(arrival, plan, num_sms)
+
+    def _leave(self, rows, plan, row_weight, channel, num_sms) -> Departure:
+        with named_range("dualpipe_ext::leave"):
+            return self._opened().leave(rows, plan, row_weight, channel, num_sms)
+
+    def _fetch(self, departure, plan, num_sms) -> Weighted:
+        with named_range("dualpipe_ext::fetch"):
+            return self._opened().fetch(departure, plan, num_sms)
+
+    # ---- Its life ----
 
     def check(self) -> None:
         """Raise what a finished kernel reported, without waiting for kernels in flight.
@@ -325,8 +342,7 @@ class Exchange:
             PeerTimeoutError: a peer did not arrive within ``timeout``.
             RowsOverflowError, IndexError: under ``max_rows``, what a plan found since last time.
         """
-        self._check_open()
-        self._backend.check()
+        self._opened().check()
 
     def close(self) -> None:
         """Wait for this rank's kernels and let go of the peer memory. Safe to call twice."""
@@ -354,7 +370,7 @@ class Exchange:
         return torch.promote_types(self.dtype, torch.float32)
 
     def _count_sms(self, comm_sms: int | float) -> int:
-        total = torch.cuda.get_device_properties(self.device).multi_processor_count
+        total, _ = device_facts(self.device)
         count = comm_sms
         if count == 0 and self.form != "unique":
             raise ValueError('comm_sms=0 needs unique rows: make the Exchange with form="unique"')
@@ -368,16 +384,13 @@ class Exchange:
             )
         return count
 
-    def _backend_call(self, name: str, *args):
-        with named_range(f"dualpipe_ext::{name}"):
-            return getattr(self._backend, name)(*args)
-
-    def _check_open(self) -> None:
+    def _opened(self) -> Backend:
         if self._backend is None:
             raise ExchangeClosedError("this Exchange is closed: make a new one")
+        return self._backend
 
     def _check_call(self, plan: Plan, channel: str) -> None:
-        self._check_open()
+        self._opened()
         if channel not in CHANNELS:
             raise ValueError(f'channel={channel!r}: choose "forward" or "backward"')
         if plan.layout != self.layout:
@@ -409,6 +422,16 @@ class Exchange:
             _check_tensor("row_weight", row_weight, self._weight_dtype, self.device)
             _check_shape("row_weight", row_weight, [plan.num_rows], "[R]")
 
+    def _check_num_sms(self, num_sms: int | None) -> None:
+        if num_sms is None:
+            return
+        total = device_facts(self.device)[0] if self.device.type == "cuda" else None
+        if not isinstance(num_sms, int) or num_sms < 1 or (total and num_sms > total):
+            raise ValueError(
+                f"num_sms={num_sms!r}: pass an int from 1 to {total or 'the SMs of the GPU'}, or "
+                "None for all SMs"
+            )
+
     def _check_unique(self, what: str) -> None:
         if self.form != "unique":
             raise ValueError(
@@ -420,26 +443,44 @@ class Exchange:
         _check_shape(name, tensor, [count, self.hidden], f"[{letter}, H]")
 
 
-class _Transfer(torch.autograd.Function):
-    """A dispatch or a combine of rows, and of a scalar a route; each is the other's transpose."""
+class _Dispatch(torch.autograd.Function):
+    """A dispatch of rows, and of a scalar a route. Its transpose is a combine."""
 
     @staticmethod
-    def forward(ctx, rows, weight, exchange, plan, operation, channel, payload):
-        ctx.exchange, ctx.plan, ctx.weighted = exchange, plan, weight is not None
-        ctx.transpose = {"dispatch": "combine", "combine": "dispatch"}[operation]
-        weight = None if weight is None else weight.contiguous()
-        extra = () if payload is None else (payload,)
-        return exchange._backend_call(operation, rows.contiguous(), plan, weight, channel, *extra)
+    def forward(ctx, x, topk_weight, exchange, plan, channel, payload, num_sms):
+        ctx.exchange, ctx.plan, ctx.weighted = exchange, plan, topk_weight is not None
+        ctx.num_sms = num_sms
+        weight = None if topk_weight is None else topk_weight.contiguous()
+        arrival = exchange._send(x.contiguous(), plan, weight, channel, payload, num_sms)
+        return exchange._arrive(arrival, plan, num_sms)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_rows, d_weight):
-        ctx.exchange._check_open()
-        d_weight = d_weight.contiguous() if ctx.weighted else None
-        gradients = ctx.exchange._backend_call(
-            ctx.transpose, d_rows.contiguous(), ctx.plan, d_weight, "backward"
-        )
-        return *gradients, None, None, None, None, None
+        weight = d_weight.contiguous() if ctx.weighted else None
+        how = ctx.plan, ctx.num_sms
+        departure = ctx.exchange._leave(d_rows.contiguous(), how[0], weight, "backward", how[1])
+        return *ctx.exchange._fetch(departure, *how), *(None,) * 5
+
+
+class _Combine(torch.autograd.Function):
+    """A combine of rows, and of a scalar a row. Its transpose is a dispatch."""
+
+    @staticmethod
+    def forward(ctx, rows, row_weight, exchange, plan, channel, num_sms):
+        ctx.exchange, ctx.plan, ctx.weighted = exchange, plan, row_weight is not None
+        ctx.num_sms = num_sms
+        weight = None if row_weight is None else row_weight.contiguous()
+        departure = exchange._leave(rows.contiguous(), plan, weight, channel, num_sms)
+        return exchange._fetch(departure, plan, num_sms)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y, d_weight):
+        weight = d_weight.contiguous() if ctx.weighted else None
+        sent = d_y.contiguous(), ctx.plan, weight, "backward", None, ctx.num_sms
+        arrival = ctx.exchange._send(*sent)
+        return *ctx.exchange._arrive(arrival, ctx.plan, ctx.num_sms), *(None,) * 4
 
 
 def _faster_form(comm_sms: int | float) -> str:

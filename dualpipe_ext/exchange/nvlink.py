@@ -1,6 +1,6 @@
-"""The exchange on NVLink: our kernels over peer memory, rows in expert order on the way.
+"""What both forms of the exchange on NVLink share: peer memory, the plan, faults of kernels.
 
-Unique rows are in nvlink_unique.py.
+nvlink_expert.py and nvlink_unique.py move the rows.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch.distributed as dist
 from .. import _C
 from ..compat import current_raw_stream
 from ..errors import PeerTimeoutError, RowsOverflowError
+from ..ops.operator import device_facts
 from ..ranks.backend import MAX_RANKS
 from ..ranks.peer_memory import PeerMemory
 from .plan import Plan, RoutingLayout, bad_index_error
 
-__all__ = ["NvlinkBackend", "NvlinkPlan"]
+__all__ = ["CHANNEL_INDEX", "NvlinkBackend", "NvlinkPlan", "address", "aligned"]
 
 CHANNEL_INDEX = {"forward": 0, "backward": 1}
 # Operation and phase numbers of csrc/exchange.h, in words: (what, channel) and what was awaited.
@@ -79,10 +80,10 @@ class NvlinkPlan(Plan):
 
 
 class NvlinkBackend:
-    """Plan, dispatch and combine as CUDA kernels on the current stream."""
+    """The plan as CUDA kernels on the current stream. A form adds the four calls of `Backend`."""
 
     name = "nvlink"
-    unique = False  # the form
+    unique: bool  # the form
 
     def __init__(
         self,
@@ -97,6 +98,7 @@ class NvlinkBackend:
         self.layout, self.device, self.dtype, self.hidden = layout, device, dtype, hidden
         self.timeout, self.max_rows = timeout, max_rows
         self.comm_sms = 1  # set by the Exchange, and again by its users
+        self._all_sms = device_facts(device)[0]
         self._fault = torch.zeros(_C.FAULT_WORDS, dtype=torch.int64).pin_memory()
         # Read before every call: 5 us through torch.
         self._words = (ctypes.c_int64 * _C.FAULT_WORDS).from_address(self._fault.data_ptr())
@@ -116,25 +118,25 @@ class NvlinkBackend:
             fault=self._fault.data_ptr(),
         )
         nbytes = _C.Exchange(**sizes, peers=[]).symmetric_bytes
-        self._memory = PeerMemory(group, nbytes, device)
+        self.memory = PeerMemory(group, nbytes, device)
         self.peer_bytes = nbytes
-        self._exchange = _C.Exchange(**sizes, peers=self._memory.pointers)
-        self._parts = self._exchange.plan_parts()
+        self.kernels = _C.Exchange(**sizes, peers=self.memory.pointers)
+        self._parts = self.kernels.plan_parts()
 
     def plan(self, topk_idx: torch.Tensor) -> NvlinkPlan:
         self.check()
-        tables = torch.empty(self._exchange.plan_elements, dtype=torch.int32, device=self.device)
+        tables = torch.empty(self.kernels.plan_elements, dtype=torch.int32, device=self.device)
         # Written by the kernel itself: a copy behind it would cost more than the two kernels' gaps.
         header = self._unread_header
         if self.max_rows is None:
             header = torch.empty(_C.HEADER_WORDS, dtype=torch.int32, pin_memory=True)
-        self._exchange.plan(
+        self.kernels.plan(
             topk_idx.data_ptr(),
             len(topk_idx),
             tables.data_ptr(),
             header.data_ptr(),
             self.comm_sms or PLAN_SMS,
-            self._stream(),
+            self.stream(),
         )
         header_ready = None
         if self.max_rows is None:
@@ -161,52 +163,7 @@ class NvlinkBackend:
             max_rows=self.max_rows,
         )
 
-    def dispatch(
-        self,
-        x: torch.Tensor,
-        plan: NvlinkPlan,
-        topk_weight: torch.Tensor | None,
-        channel: str,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        self._check_peers()
-        x, index = aligned(x), CHANNEL_INDEX[channel]
-        # Can go ahead without R, and covers the host's wait for it.
-        self._exchange.stage(index, x.data_ptr(), address(topk_weight), len(x), self._stream())
-        rows, row_weight = self._row_tensors(plan, topk_weight is not None)
-        self._exchange.dispatch(
-            index,
-            x.data_ptr(),
-            address(topk_weight),
-            len(x),
-            plan.tables.data_ptr(),
-            rows.data_ptr(),
-            address(row_weight),
-            self.comm_sms,
-            self._stream(),
-        )
-        return rows, row_weight
-
-    def combine(
-        self, rows: torch.Tensor, plan: NvlinkPlan, row_weight: torch.Tensor | None, channel: str
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        self._check_peers()
-        rows = aligned(rows)
-        y, topk_weight = self._home_tensors(plan, row_weight is not None)
-        self._exchange.combine(
-            CHANNEL_INDEX[channel],
-            rows.data_ptr(),
-            address(row_weight),
-            plan.topk_idx.data_ptr(),
-            plan.num_tokens,
-            plan.tables.data_ptr(),
-            y.data_ptr(),
-            address(topk_weight),
-            self.comm_sms,
-            self._stream(),
-        )
-        return y, topk_weight
-
-    def _row_tensors(
+    def row_tensors(
         self, plan: NvlinkPlan, weighted: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Memory for rows in expert order and, if weighted, a scalar each; here the host waits."""
@@ -215,9 +172,10 @@ class NvlinkBackend:
             return rows, None
         return rows, torch.empty(plan.num_rows, dtype=torch.float32, device=self.device)
 
-    def _home_tensors(
+    def home_tensors(
         self, plan: NvlinkPlan, weighted: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Memory for y [T, H] and, if weighted, a scalar a route."""
         tokens = plan.num_tokens
         y = torch.empty(tokens, self.hidden, dtype=self.dtype, device=self.device)
         if not weighted:
@@ -226,7 +184,7 @@ class NvlinkBackend:
 
     def check(self) -> None:
         """Raise what kernels reported: a lost peer, or what a plan under max_rows found."""
-        self._check_peers()
+        self.check_peers()
         rows, bad, *index = self._words[_ROWS_NEEDED:]
         if rows:
             self._words[_ROWS_NEEDED] = 0
@@ -235,7 +193,8 @@ class NvlinkBackend:
             self._words[_BAD_INDEX] = 0
             raise bad_index_error(*index, self.layout.num_experts)
 
-    def _check_peers(self) -> None:
+    def check_peers(self) -> None:
+        """Raise what a wait for a peer reported."""
         # In the middle of a layer nothing else is raised: the other ranks would be left waiting.
         if self._words[0]:
             _, operation, phase, peer, expected, seen = self._words[:_ROWS_NEEDED]
@@ -252,13 +211,14 @@ class NvlinkBackend:
 
     def close(self) -> None:
         torch.cuda.synchronize(self.device)
-        self._memory.close()
+        self.memory.close()
 
     def _part(self, tables: torch.Tensor, name: str) -> torch.Tensor:
         first, count = self._parts[name]
         return tables[first : first + count]
 
-    def _stream(self) -> int:
+    def stream(self) -> int:
+        """The address of the current stream."""
         return current_raw_stream(self.device.index)
 
 

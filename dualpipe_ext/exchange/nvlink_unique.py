@@ -1,156 +1,151 @@
-"""The exchange on NVLink with unique rows: what crosses is a row a (token, rank).
+"""Form "unique" on NVLink: what crosses is a row a (token, rank).
 
-Every rank has an inbox that others write and an outbox that they read. Compute kernels on `num_sms`
-SMs bring rows from the inbox into expert order, and add up what goes into the outbox.
+Every rank has an inbox that others write and an outbox that they read. Compute kernels bring rows
+from the inbox into expert order, and add up what goes into the outbox.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 
 from ..errors import DualPipeError
+from ..ops.fp8 import E4M3
 from ..triton_kernels.experts import rows as expert_rows
+from .backend import Arrival, Departure, UniqueRows, Weighted
 from .nvlink import CHANNEL_INDEX, NvlinkBackend, NvlinkPlan, address, aligned
 
 __all__ = ["NvlinkUniqueBackend"]
 
-Received = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+@dataclass
+class _Channel:
+    """Views of this rank's part of a channel, and what orders its copies."""
+
+    inbox: torch.Tensor  # [P, max_tokens, H]
+    inbox_fp8: torch.Tensor  # [P, max_tokens, H]
+    inbox_scale: torch.Tensor  # [P, max_tokens, ceil(H / 128)]
+    inbox_weight: torch.Tensor  # [P, max_tokens, K rounded up to 4]
+    outbox: torch.Tensor  # [P, max_tokens, H]
+    outbox_weight: torch.Tensor  # [P, max_tokens, K rounded up to 4]
+    streams: list[torch.cuda.Stream]  # of copies to peers, and to itself
+    events: list[torch.cuda.Event]
+    is_held: bool = False  # a receiver still reads the inbox
+    released: tuple[torch.cuda.Stream, torch.cuda.Event] | None = field(default=None)
 
 
 class NvlinkUniqueBackend(NvlinkBackend):
-    """Dispatch = dispatch_unique + expand, combine = sum_rows + combine_unique."""
+    """`send` pushes into inboxes, `fetch` pulls from outboxes; `arrive` and `leave` are Triton's.
+
+    With `comm_sms` 0 copy engines move the bytes, and compute SMs pack and sum them.
+    """
 
     unique = True
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        # Set by the Exchange's users.
-        self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self._boxes = {name: self._make_boxes(name) for name in CHANNEL_INDEX}
+        self._channels = {name: self._make_channel(name) for name in CHANNEL_INDEX}
 
-    def dispatch(
+    def send(
         self,
         x: torch.Tensor,
         plan: NvlinkPlan,
         topk_weight: torch.Tensor | None,
         channel: str,
         payload: str | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        received = self.dispatch_unique(x, plan, topk_weight, channel, payload)
-        return self.expand(received, plan, channel)
-
-    def combine(
-        self, rows: torch.Tensor, plan: NvlinkPlan, row_weight: torch.Tensor | None, channel: str
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        self.sum_rows(rows, plan, row_weight, channel)
-        return self.combine_unique(plan, channel, row_weight is not None)
-
-    def dispatch_unique(
-        self,
-        x: torch.Tensor,
-        plan: NvlinkPlan,
-        topk_weight: torch.Tensor | None,
-        channel: str,
-        payload: str | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        self._check_peers()
-        x = aligned(x)
-        boxes = self._boxes[channel]
+        num_sms: int | None = None,
+    ) -> UniqueRows:
+        self.check_peers()
+        x, parts, fp8 = aligned(x), self._channels[channel], payload == "fp8"
         self._wait_released(channel)
-        stride = boxes["inbox_weight"].shape[2]
+        stride = parts.inbox_weight.shape[2]
         if topk_weight is not None and stride != self.layout.topk:
             topk_weight = torch.nn.functional.pad(topk_weight, (0, stride - self.layout.topk))
         copies = self.comm_sms == 0  # then compute SMs pack the outbox
         if copies:
-            self._exchange.wait_outbox(CHANNEL_INDEX[channel], self._stream())
-        self._exchange.push(
+            self.kernels.wait_outbox(CHANNEL_INDEX[channel], self.stream())
+        self.kernels.push(
             CHANNEL_INDEX[channel],
             x.data_ptr(),
             address(topk_weight),
-            payload == "fp8",
+            fp8,
             copies,
             len(x),
             plan.tables.data_ptr(),
-            self.num_sms if copies else self.comm_sms,
-            self._stream(),
+            (num_sms or self._all_sms) if copies else self.comm_sms,
+            self.stream(),
         )
         if copies:
-            self._copy(plan, channel, weighted=topk_weight is not None, fp8=payload == "fp8")
-        boxes["held"] = True
-        weights = None if topk_weight is None else boxes["inbox_weight"][:, :, : self.layout.topk]
-        if payload == "fp8":
-            return boxes["inbox_fp8"], boxes["inbox_scale"], weights
-        return boxes["inbox"], None, weights
+            self._copy(plan, channel, weighted=topk_weight is not None, fp8=fp8)
+        parts.is_held = True
+        weights = None if topk_weight is None else parts.inbox_weight[:, :, : self.layout.topk]
+        rows, scales = (parts.inbox_fp8, parts.inbox_scale) if fp8 else (parts.inbox, None)
+        return UniqueRows(rows, scales, weights, channel, (), lambda: self._release(channel))
 
-    def expand(
-        self, received: Received, plan: NvlinkPlan, channel: str
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        unique, scales, weights = received
+    def arrive(self, arrival: Arrival, plan: NvlinkPlan, num_sms: int | None = None) -> Weighted:
+        assert isinstance(arrival, UniqueRows)
         try:
-            rows, row_weight = self._row_tensors(plan, weights is not None)
+            rows, row_weight = self.row_tensors(plan, arrival.topk_weight is not None)
             expert_rows.expand(
-                unique,
+                arrival.rows,
                 plan.expert_rows,
                 plan.unique_counts,
                 plan.expert_offsets,
                 plan.tokens_per_expert,
                 rows,
-                scales=scales,
-                topk_weight=weights,
+                scales=arrival.scales,
+                topk_weight=arrival.topk_weight,
                 row_weight=row_weight,
-                num_sms=self.num_sms,
+                num_sms=num_sms or self._all_sms,
             )
         finally:  # a plan with a bad index raises, and the exchange stays usable
-            self.release(channel)
+            arrival.release()
         return rows, row_weight
 
-    def release(self, channel: str) -> None:
-        """The receive buffer may be overwritten once the current stream's work is done."""
-        boxes = self._boxes[channel]
-        boxes["held"], boxes["released"] = False, (None, None)
-        if not torch.cuda.is_current_stream_capturing():
-            stream = torch.cuda.current_stream(self.device)
-            boxes["released"] = stream, stream.record_event()
+    def leave(
+        self,
+        rows: torch.Tensor | None,
+        plan: NvlinkPlan,
+        row_weight: torch.Tensor | None,
+        channel: str,
+        num_sms: int | None = None,
+    ) -> Departure:
+        self.check_peers()
+        self.kernels.wait_outbox(CHANNEL_INDEX[channel], self.stream())
+        parts, weighted = self._channels[channel], row_weight is not None
+        if rows is not None:
+            expert_rows.sum_per_rank(
+                aligned(rows),
+                plan.expert_rows,
+                plan.unique_counts,
+                parts.outbox,
+                row_weight=row_weight,
+                sum_weight=parts.outbox_weight if weighted else None,
+                num_sms=num_sms or self._all_sms,
+            )
+        return Departure(channel, weighted, sums=parts.outbox)
 
-    def sums(self, plan: NvlinkPlan, channel: str) -> torch.Tensor:
-        self._check_peers()
-        self._exchange.wait_outbox(CHANNEL_INDEX[channel], self._stream())
-        return self._boxes[channel]["outbox"]
-
-    def sum_rows(
-        self, rows: torch.Tensor, plan: NvlinkPlan, row_weight: torch.Tensor | None, channel: str
-    ) -> None:
-        expert_rows.sum_per_rank(
-            aligned(rows),
-            plan.expert_rows,
-            plan.unique_counts,
-            self.sums(plan, channel),
-            row_weight=row_weight,
-            sum_weight=None if row_weight is None else self._boxes[channel]["outbox_weight"],
-            num_sms=self.num_sms,
-        )
-
-    def combine_unique(
-        self, plan: NvlinkPlan, channel: str, weighted: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        self._check_peers()
-        y, topk_weight = self._home_tensors(plan, weighted)
+    def fetch(self, departure: Departure, plan: NvlinkPlan, num_sms: int | None = None) -> Weighted:
+        self.check_peers()
+        channel, weighted = departure.channel, departure.weighted
+        y, topk_weight = self.home_tensors(plan, weighted)
         if self.comm_sms == 0:
-            boxes = self._boxes[channel]
+            parts = self._channels[channel]
             self._wait_released(channel)
             self._copy(plan, channel, combine=True, weighted=weighted)
             expert_rows.sum_at_home(
-                boxes["inbox"],
+                parts.inbox,
                 plan.send_rows,
                 y,
                 topk_idx=plan.topk_idx if weighted else None,
-                received_weight=boxes["inbox_weight"] if weighted else None,
+                received_weight=parts.inbox_weight if weighted else None,
                 topk_weight=topk_weight,
                 num_local_experts=self.layout.num_local_experts,
-                num_sms=self.num_sms,
+                num_sms=num_sms or self._all_sms,
             )
             return y, topk_weight
-        self._exchange.pull(
+        self.kernels.pull(
             CHANNEL_INDEX[channel],
             plan.topk_idx.data_ptr(),
             plan.num_tokens,
@@ -158,19 +153,17 @@ class NvlinkUniqueBackend(NvlinkBackend):
             y.data_ptr(),
             address(topk_weight),
             self.comm_sms,
-            self._stream(),
+            self.stream(),
         )
         return y, topk_weight
 
     def push_ceiling(self, x: torch.Tensor, rows_per_peer: int) -> None:
         """What the link gives: rows of x to every other rank's receive buffer, and nothing else."""
-        self._exchange.push_ceiling(
-            x.data_ptr(), len(x), rows_per_peer, self.comm_sms, self._stream()
-        )
+        self.kernels.push_ceiling(x.data_ptr(), len(x), rows_per_peer, self.comm_sms, self.stream())
 
     def close(self) -> None:
         torch.cuda.synchronize(self.device)
-        self._boxes = {}
+        self._channels = {}
         super().close()
 
     def _copy(
@@ -182,50 +175,59 @@ class NvlinkUniqueBackend(NvlinkBackend):
         combine: bool = False,
         fp8: bool = False,
     ) -> None:
-        boxes = self._boxes[channel]
-        self._exchange.copy(
+        parts = self._channels[channel]
+        self.kernels.copy(
             CHANNEL_INDEX[channel],
             combine,
             weighted,
             fp8,
             plan.tokens_for_ranks(combine=combine),
-            [stream.cuda_stream for stream in boxes["streams"]],
-            [event.cuda_event for event in boxes["events"]],
-            self._stream(),
+            [stream.cuda_stream for stream in parts.streams],
+            [event.cuda_event for event in parts.events],
+            self.stream(),
         )
 
+    def _release(self, channel: str) -> None:
+        parts = self._channels[channel]
+        parts.is_held, parts.released = False, None
+        if not torch.cuda.is_current_stream_capturing():
+            stream = torch.cuda.current_stream(self.device)
+            parts.released = stream, stream.record_event()
+
     def _wait_released(self, channel: str) -> None:
-        boxes = self._boxes[channel]
-        if boxes["held"]:
+        parts = self._channels[channel]
+        if parts.is_held:
             raise DualPipeError(
-                f"the rows of the last dispatch_unique on channel {channel!r} are still held: "
-                f"call their release() before the channel's next call"
+                f"the rows of the last send on channel {channel!r} are still held: call their "
+                "release(), or arrive(), before the channel's next call"
             )
         # A graph cannot wait for what ran before its capture, nor anybody for an event within one.
-        stream, event = boxes["released"]
+        if parts.released is None or torch.cuda.is_current_stream_capturing():
+            return
+        stream, event = parts.released
         current = torch.cuda.current_stream(self.device)
-        if stream not in (None, current) and not torch.cuda.is_current_stream_capturing():
+        if stream != current:
             current.wait_event(event)
 
-    def _make_boxes(self, channel: str) -> dict:
-        """Views of this rank's part of a channel, and what orders its copies."""
-        parts = self._exchange.channel_parts(CHANNEL_INDEX[channel])
+    def _make_channel(self, channel: str) -> _Channel:
+        parts = self.kernels.channel_parts(CHANNEL_INDEX[channel])
         ranks, tokens = self.layout.world_size, self.layout.max_tokens
-        views = {name: self._memory.part(first, count) for name, (first, count) in parts.items()}
-        fp8_bytes = ranks * tokens * self.hidden
-        boxes = {
-            "inbox": views["inbox"].view(self.dtype),
-            "inbox_fp8": views["inbox"][:fp8_bytes].view(torch.float8_e4m3fn),
-            "inbox_scale": views["inbox_scale"].view(torch.float32),
-            "inbox_weight": views["inbox_weight"].view(torch.float32),
-            "outbox": views["outbox"].view(self.dtype),
-            "outbox_weight": views["outbox_weight"].view(torch.float32),
-        }
-        boxes = {name: view.view(ranks, tokens, -1) for name, view in boxes.items()}
-        boxes["inbox_scale"] = boxes["inbox_scale"][:, :, : -(-self.hidden // 128)]
-        boxes["held"], boxes["released"] = False, (None, None)
-        boxes["streams"] = [torch.cuda.Stream(self.device) for _ in range(2)]  # peers, itself
-        boxes["events"] = [torch.cuda.Event() for _ in range(ranks + 1)]
-        for event in boxes["events"]:
+        views = {name: self.memory.part(first, count) for name, (first, count) in parts.items()}
+
+        def view(name: str, dtype: torch.dtype, nbytes: int | None = None) -> torch.Tensor:
+            return views[name][:nbytes].view(dtype).view(ranks, tokens, -1)
+
+        scales = view("inbox_scale", torch.float32)
+        made = _Channel(
+            inbox=view("inbox", self.dtype),
+            inbox_fp8=view("inbox", E4M3, ranks * tokens * self.hidden),
+            inbox_scale=scales[:, :, : -(-self.hidden // 128)],
+            inbox_weight=view("inbox_weight", torch.float32),
+            outbox=view("outbox", self.dtype),
+            outbox_weight=view("outbox_weight", torch.float32),
+            streams=[torch.cuda.Stream(self.device) for _ in range(2)],
+            events=[torch.cuda.Event() for _ in range(ranks + 1)],
+        )
+        for event in made.events:
             event.record()  # torch makes them at their first use
-        return boxes
+        return made

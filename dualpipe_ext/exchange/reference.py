@@ -1,8 +1,8 @@
 """The exchange in plain torch and ``torch.distributed``: runs anywhere, and is the tests' oracle.
 
 It favours being obviously right over being fast: every (token, expert) route is sent as a row of
-its own, so a row crosses the link up to K times, and the host learns all sizes. The calls named
-"unique" send a token once to every rank instead.
+its own, so a row crosses the link up to K times, and the host learns all sizes. Form "unique" sends
+a token once to every rank, and its sums come home route by route all the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch.distributed as dist
 
 from ..errors import RowsOverflowError
 from ..ops.expert_order import ROW_ALIGNMENT
-from ..ops.fp8 import dequantize_rows, quantize_rows
+from ..ops.fp8 import E4M3, dequantize_rows, quantize_rows
+from ..ops.operator import wide
+from .backend import Arrival, Departure, ExpertRows, UniqueRows, Weighted
 from .plan import Plan, RoutingLayout, bad_index_error
 
 __all__ = ["ReferenceBackend", "ReferencePlan"]
@@ -64,14 +66,16 @@ class ReferenceBackend:
         hidden: int,
         dtype: torch.dtype,
         max_rows: int | None = None,
+        *,
+        unique: bool = False,
     ):
         self.group = group
+        self.unique = unique  # the form
         self.layout = layout
         self.hidden, self.dtype = hidden, dtype
         self.max_rows = max_rows
         self.comm_sms = 0  # the library below decides
-        self._sums: dict[str, torch.Tensor] = {}
-        self._sum_weights: dict[str, torch.Tensor | None] = {}
+        self.peer_bytes = 0
 
     def plan(self, topk_idx: torch.Tensor) -> ReferencePlan:
         layout, rank = self.layout, self.layout.rank
@@ -117,29 +121,85 @@ class ReferenceBackend:
             rows=self.max_rows or int(ends[-1]),
         )
 
-    def dispatch(
+    def send(
         self,
         x: torch.Tensor,
         plan: ReferencePlan,
         topk_weight: torch.Tensor | None,
         channel: str,
         payload: str | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if payload == "fp8":
-            x = dequantize_rows(*quantize_rows(x), x.dtype)
+        num_sms: int | None = None,
+    ) -> Arrival:
+        if self.unique:
+            return self._send_unique(x, plan, topk_weight, channel, payload)
         rows = x.new_zeros(plan.rows, x.shape[1])
         rows[plan.recv_rows] = self._send(x[plan.send_routes // self.layout.topk], plan)
-        if topk_weight is None:
+        row_weight = None
+        if topk_weight is not None:
+            row_weight = topk_weight.new_zeros(plan.rows)
+            row_weight[plan.recv_rows] = self._send(topk_weight.flatten()[plan.send_routes], plan)
+        return ExpertRows(rows, row_weight, channel)
+
+    def _send_unique(
+        self,
+        x: torch.Tensor,
+        plan: ReferencePlan,
+        topk_weight: torch.Tensor | None,
+        channel: str,
+        payload: str | None,
+    ) -> UniqueRows:
+        """NaN stands where no token has arrived, so that whoever reads there shows it."""
+        scales = None
+        if payload == "fp8":
+            q, scales = quantize_rows(x)
+            x, scales = q.view(torch.uint8), self._send_tokens(scales, plan)
+        rows = self._send_tokens(x, plan)
+        if payload == "fp8":
+            rows = rows.view(E4M3)
+        if topk_weight is not None:
+            topk_weight = self._send_tokens(topk_weight, plan)
+        tensors = tuple(t for t in (rows, scales, topk_weight) if t is not None)
+        return UniqueRows(rows, scales, topk_weight, channel, tensors, lambda: None)
+
+    def arrive(self, arrival: Arrival, plan: ReferencePlan, num_sms: int | None = None) -> Weighted:
+        if isinstance(arrival, ExpertRows):
+            return arrival.rows, arrival.row_weight
+        assert isinstance(arrival, UniqueRows)
+        source, i, k, slot = self._arrived_routes(plan)
+        arrived = arrival.rows[source, i]
+        if arrival.scales is not None:
+            arrived = dequantize_rows(arrived, arrival.scales[source, i], self.dtype)
+        rows = arrived.new_zeros(plan.rows, arrived.shape[1])
+        rows[slot] = arrived
+        if arrival.topk_weight is None:
             return rows, None
-        row_weight = topk_weight.new_zeros(plan.rows)
-        row_weight[plan.recv_rows] = self._send(topk_weight.flatten()[plan.send_routes], plan)
+        row_weight = arrival.topk_weight.new_zeros(plan.rows)
+        row_weight[slot] = arrival.topk_weight[source, i, k]
         return rows, row_weight
 
-    def combine(
-        self, rows: torch.Tensor, plan: ReferencePlan, row_weight: torch.Tensor | None, channel: str
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def leave(
+        self,
+        rows: torch.Tensor | None,
+        plan: ReferencePlan,
+        row_weight: torch.Tensor | None,
+        channel: str,
+        num_sms: int | None = None,
+    ) -> Departure:
+        sums = None
+        if rows is None:
+            shape = (self.layout.world_size, self.layout.max_tokens, self.hidden)
+            sums = torch.full(shape, NAN, dtype=self.dtype, device=plan.topk_idx.device)
+        return Departure(channel, row_weight is not None, rows, row_weight, sums)
+
+    def fetch(
+        self, departure: Departure, plan: ReferencePlan, num_sms: int | None = None
+    ) -> Weighted:
+        if departure.sums is not None:
+            return self._fetch_sums(departure.sums, plan), None
+        rows, row_weight = departure.rows, departure.row_weight
+        assert rows is not None
         tokens, topk, hidden = plan.num_tokens, self.layout.topk, rows.shape[1]
-        routes = rows.new_zeros(tokens * topk, hidden, dtype=_sum_dtype(rows))
+        routes = rows.new_zeros(tokens * topk, hidden, dtype=wide(rows.dtype))
         routes[plan.send_routes] = self._send_back(rows[plan.recv_rows], plan).to(routes.dtype)
         y = routes.view(tokens, topk, hidden).sum(1).to(rows.dtype)
         if row_weight is None:
@@ -148,88 +208,16 @@ class ReferenceBackend:
         topk_weight[plan.send_routes] = self._send_back(row_weight[plan.recv_rows], plan)
         return y, topk_weight.view(tokens, topk)
 
-    def dispatch_unique(
-        self,
-        x: torch.Tensor,
-        plan: ReferencePlan,
-        topk_weight: torch.Tensor | None,
-        channel: str,
-        payload: str | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """rows [P, max_tokens, H], scales of fp8 or None, topk_weight [P, max_tokens, K] or None.
-
-        NaN stands where no token has arrived, so that whoever reads there shows it.
-        """
-        scales = None
-        if payload == "fp8":
-            q, scales = quantize_rows(x)
-            x, scales = q.view(torch.uint8), self._send_tokens(scales, plan)
-        rows = self._send_tokens(x, plan)
-        if payload == "fp8":
-            rows = rows.view(torch.float8_e4m3fn)
-        if topk_weight is not None:
-            topk_weight = self._send_tokens(topk_weight, plan)
-        return rows, scales, topk_weight
-
-    def sums(self, plan: ReferencePlan, channel: str) -> torch.Tensor:
-        """[P, max_tokens, H], the channel's buffer that `combine_unique` sends from."""
-        if channel not in self._sums:
-            shape = (self.layout.world_size, self.layout.max_tokens, self.hidden)
-            device = plan.topk_idx.device
-            self._sums[channel] = torch.full(shape, NAN, dtype=self.dtype, device=device)
-        return self._sums[channel]
-
-    def release(self, channel: str) -> None:
-        """Nothing to give back: dispatch_unique made tensors of its own."""
-
-    def expand(
-        self, received: tuple[torch.Tensor | None, ...], plan: ReferencePlan, channel: str
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        unique, scales, weights = received
-        source, i, k, slot = self._arrived_routes(plan)
-        arrived = unique[source, i]
-        if scales is not None:
-            arrived = dequantize_rows(arrived, scales[source, i], self.dtype)
-        rows = arrived.new_zeros(plan.rows, arrived.shape[1])
-        rows[slot] = arrived
-        if weights is None:
-            return rows, None
-        row_weight = weights.new_zeros(plan.rows)
-        row_weight[slot] = weights[source, i, k]
-        return rows, row_weight
-
-    def sum_rows(
-        self,
-        rows: torch.Tensor,
-        plan: ReferencePlan,
-        row_weight: torch.Tensor | None,
-        channel: str,
-    ) -> None:
-        source, i, _, slot = self._arrived_routes(plan)
-        sums = self.sums(plan, channel)
-        found = torch.zeros_like(sums, dtype=_sum_dtype(sums))
-        found.index_put_((source, i), rows[slot].to(found.dtype), accumulate=True)
-        sums.copy_(found)
-        self._sum_weights[channel] = row_weight
-
-    def combine_unique(
-        self, plan: ReferencePlan, channel: str, weighted: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        sums = self.sums(plan, channel).flatten(0, 1)[plan.recv_slots]
+    def _fetch_sums(self, sums: torch.Tensor, plan: ReferencePlan) -> torch.Tensor:
+        sums = sums.flatten(0, 1)[plan.recv_slots]
         sent_back = self._all_to_all(sums, plan.token_recv_counts, plan.token_send_counts)
-        y = sums.new_zeros(plan.num_tokens, self.hidden, dtype=_sum_dtype(sums))
+        y = sums.new_zeros(plan.num_tokens, self.hidden, dtype=wide(sums.dtype))
         counts = plan.token_send_counts
         for tokens, part in zip(
             plan.send_tokens.split(counts), sent_back.split(counts), strict=True
         ):  # rank by rank, each token at most once: the order of the sum is fixed
             y[tokens] += part
-        topk_weight = None
-        if weighted:
-            row_weight = self._sum_weights.pop(channel)
-            topk_weight = row_weight.new_zeros(plan.num_tokens * self.layout.topk)
-            topk_weight[plan.send_routes] = self._send_back(row_weight[plan.recv_rows], plan)
-            topk_weight = topk_weight.view(plan.num_tokens, self.layout.topk)
-        return y.to(sums.dtype), topk_weight
+        return y.to(sums.dtype)
 
     def _arrived_routes(self, plan: ReferencePlan) -> tuple[torch.Tensor, ...]:
         """(source rank, place among its arrivals, k, slot) of every route that leads here."""
@@ -325,7 +313,3 @@ def _unique_tables(
         token_send_counts=goes_TP.sum(0).tolist(),
         token_recv_counts=counts.tolist(),
     )
-
-
-def _sum_dtype(rows: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(rows.dtype, torch.float32)

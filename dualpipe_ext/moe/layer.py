@@ -23,12 +23,13 @@ from ..ops.grouped_mlp import grouped_mlp
 from ..ops.operator import autocast_off
 from ..triton_kernels.launch import available
 from .experts import PlacedExperts, check_multiples_of_8
+from .routed import RoutedFeedForward
 from .router import Router
 
 __all__ = ["MoELayer", "SharedExpert"]
 
 
-class MoELayer(PlacedExperts):
+class MoELayer(PlacedExperts, RoutedFeedForward):
     """Router, dispatch to the experts' ranks, grouped SwiGLU, combine: ``y = layer(x)``.
 
     ``x`` [..., H] may hold another number of tokens on every rank, none included. Every rank of
@@ -94,10 +95,10 @@ class MoELayer(PlacedExperts):
             it is the size of the parameters.
         group: a process group, a 1-D DeviceMesh, or None: all experts on this rank, and no process
             group needed. None does *not* mean the default group.
-        backend, comm_sms, form, max_rows: see :class:`~dualpipe_ext.Exchange`.
+        backend, comm_sms, form, max_rows, timeout: see :class:`~dualpipe_ext.Exchange`.
         payload: None or "fp8", what the forward's dispatch sends: see Exchange.dispatch.
-        num_sms: streaming multiprocessors that the expert GEMMs, and a router named by a string,
-            may take, None = all.
+        num_sms: streaming multiprocessors that the expert GEMMs, the kernels that expand and sum
+            unique rows, and a router named by a string, may take, None = all.
         precision: of the experts' products, "bf16" (as the dtype is) or "fp8": see grouped_fp8.py,
             also for what to call after a weight was written through ``.data``.
         router: ``"softmax"``, ``"sigmoid"``, or a module that maps x [T, H] to
@@ -133,6 +134,7 @@ class MoELayer(PlacedExperts):
         comm_sms: int = 16,
         form: str | None = None,
         max_rows: int | None = None,
+        timeout: float = 100.0,
         payload: str | None = None,
         num_sms: int | None = None,
         precision: str = "bf16",
@@ -163,7 +165,7 @@ class MoELayer(PlacedExperts):
         if backend == "nvlink":
             available.require(self)
         self.form, self.max_rows, self.max_tokens = form, max_rows, max_tokens
-        self.payload, self.precision = payload, precision
+        self.payload, self.precision, self.timeout = payload, precision, timeout
         if is_fp8(precision):
             check_fp8(None, None, self.w13, self.w2)
         self.aux_loss_coefficient, self.init_std = aux_loss_coefficient, init_std
@@ -181,8 +183,6 @@ class MoELayer(PlacedExperts):
             self.shared_expert = SharedExpert(
                 hidden, shared_expert_hidden, dtype=dtype, device=device
             )
-        self.aux_loss: Tensor | None = None
-        self.tokens_per_expert: Tensor | None = None
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,36 +194,21 @@ class MoELayer(PlacedExperts):
             TypeError: a dtype that is not the experts', outside of autocast.
         """
         self._check_shape_and_device(x)
-        dtype = self._expert_dtype(x)
-        with autocast_off(x.device.type):
-            x_TH = x.reshape(-1, self.hidden)
-            routes = self.router(x_TH)
-            self.aux_loss = self.aux_loss_coefficient * routes.aux_loss
-            self.tokens_per_expert = routes.tokens_per_expert
-            self.record_load(routes.tokens_per_expert)
+        return super().forward(x)
 
-            x_TH = x_TH.to(dtype)
-            exchange = self._open_exchange(x_TH)
-            plan = exchange.plan(self.choose_slots(routes.topk_idx))
-            # Queued between the plan and the dispatch, which waits on the host for its row count.
-            shared_TH = self.shared_expert(x_TH) if self.shared_expert is not None else None
-            rows_RH, weight_R = exchange.dispatch(
-                x_TH, plan, topk_weight=routes.topk_weight, payload=self.payload
-            )
-            w13, w2 = (_cast(weight, dtype) for weight in (self.w13, self.w2))
-            out_RH = grouped_mlp(
-                rows_RH,
-                weight_R,
-                w13,
-                w2,
-                plan.expert_offsets,
-                num_sms=self.num_sms,
-                precision=self.precision,
-            )
-            y_TH = exchange.combine(out_RH, plan)
-            if shared_TH is not None:
-                y_TH = y_TH + shared_TH
-        return y_TH.reshape(x.shape)
+    def note_routes(self, aux_loss: Tensor, tokens_per_expert: Tensor) -> None:
+        super().note_routes(aux_loss, tokens_per_expert)
+        self.record_load(tokens_per_expert)
+
+    def run_shared(self, x_TH: Tensor) -> Tensor:
+        with autocast_off(x_TH.device.type):
+            return super().run_shared(x_TH)
+
+    def run_experts(self, rows: Tensor, row_weight: Tensor, expert_offsets: Tensor) -> Tensor:
+        w13, w2 = (_cast(weight, rows.dtype) for weight in (self.w13, self.w2))
+        how = {"num_sms": self.num_sms, "precision": self.precision}
+        with autocast_off(rows.device.type):
+            return grouped_mlp(rows, row_weight, w13, w2, expert_offsets, **how)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
@@ -305,7 +290,7 @@ class MoELayer(PlacedExperts):
                 f"x is on {x.device}, the layer on {self.w13.device}: move one of them with .to()"
             )
 
-    def _expert_dtype(self, x: Tensor) -> torch.dtype:
+    def row_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of dispatched rows and expert GEMMs: autocast's, else the parameters'."""
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
@@ -316,7 +301,7 @@ class MoELayer(PlacedExperts):
             )
         return x.dtype
 
-    def _open_exchange(self, x_TH: Tensor) -> Exchange:
+    def open_exchange(self, x_TH: Tensor) -> Exchange:
         """The exchange, created now if this is the first forward; checks the number of tokens."""
         if self.exchange is None:
             if self.max_tokens is None:
@@ -332,6 +317,7 @@ class MoELayer(PlacedExperts):
                 comm_sms=self.comm_sms,
                 form=self.form,
                 max_rows=self.max_rows,
+                timeout=self.timeout,
                 device=x_TH.device,
             )
         limit = self.exchange.max_tokens
@@ -377,6 +363,7 @@ class MoELayer(PlacedExperts):
             "backend": self.backend,
             "comm_sms": self.comm_sms,
             "form": self.form,
+            "timeout": self.timeout,
             "payload": self.payload,
             "num_sms": self.num_sms,
             "precision": self.precision,

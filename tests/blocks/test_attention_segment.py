@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dualpipe_ext.blocks import block as block_module
+from dualpipe_ext.blocks import chunk as chunk_module
 from dualpipe_ext.blocks.attention import GroupedQueryAttention
 from dualpipe_ext.blocks.attention_segment import AttentionSegment, fits
 from dualpipe_ext.blocks.block import TransformerBlock
@@ -81,7 +81,7 @@ def test_against_autograd(kind, used):
 
 
 def no_fit(monkeypatch):
-    monkeypatch.setattr(block_module, "fits", lambda block, x: False)
+    monkeypatch.setattr(chunk_module, "fits", lambda block, x: False)
 
 
 @pytest.mark.parametrize("delay", ["off", "experts", "all"])

@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from dualpipe_ext.blocks import block
+from dualpipe_ext.blocks import chunk as chunks
 from dualpipe_ext.blocks import pair as overlap
-from dualpipe_ext.blocks.block import RoutedExperts, TransformerBlock
+from dualpipe_ext.blocks import split
+from dualpipe_ext.blocks.block import TransformerBlock
 from dualpipe_ext.blocks.pair import OverlappedPair
+from dualpipe_ext.blocks.split import SmShare, SmSplit
 from dualpipe_ext.blocks.stage import TransformerStage
 from dualpipe_ext.exchange.exchange import Exchange
 from dualpipe_ext.gradients.delayed import delay_linears
+from dualpipe_ext.moe.routed import RoutedExperts
 from dualpipe_ext.moe.router import Router
 from dualpipe_ext.ops.grouped_mlp import grouped_mlp
 from tests.support import small_transformer as small
@@ -220,7 +223,7 @@ def test_what_the_delay_leaves(weight_delay):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_the_layers_sms_go_with_take_over(monkeypatch):
+def test_the_share_goes_to_all_gemms(monkeypatch):
     seen = {}
 
     def spy(name, function):
@@ -231,17 +234,17 @@ def test_the_layers_sms_go_with_take_over(monkeypatch):
         return call
 
     for name in ("mlp_forward", "mlp_dgrad", "mlp_wgrad"):
-        monkeypatch.setattr(block, name, spy(name, getattr(block, name)))
+        monkeypatch.setattr(chunks, name, spy(name, getattr(chunks, name)))
     layer = small.block().double()
-    layer.feed_forward.num_sms = 7
     chunk = layer.start_chunk()
     chunk.attention(torch.randn(2, 8, 16, dtype=torch.float64))
     for segment in (chunk.plan, chunk.dispatch):
         segment()
-    chunk.mlp(None, True)
+    monkeypatch.setattr(chunk, "_share", lambda: SmShare(7, True, None))
+    chunk.mlp()
     chunk.combine()
     chunk.combine_backward(torch.ones_like(chunk.output()))
-    chunk.mlp_backward(None, True)
+    chunk.mlp_backward()
     chunk.mlp_backward_weight()
     assert seen == dict.fromkeys(("mlp_forward", "mlp_dgrad", "mlp_wgrad"), (7, True))
 
@@ -249,25 +252,30 @@ def test_the_layers_sms_go_with_take_over(monkeypatch):
 @pytest.mark.parametrize(
     "capability, precision, num_sms, comm_sms, expected",
     [
-        ((9, 0), "bf16", None, 8, (None, True)),  # tiles are drawn
-        ((9, 0), "bf16", None, 0, (None, True)),  # copy engines
-        ((9, 0), "bf16", 100, 8, (100, False)),
-        ((9, 0), "fp8", None, 8, (124, False)),
-        ((9, 0), "fp8", None, 0, (None, False)),
-        ((10, 0), "bf16", None, 8, (124, False)),
+        ((9, 0), "bf16", None, 8, (None, True, 124)),  # tiles are drawn
+        ((9, 0), "bf16", None, 0, (None, True, None)),  # copy engines
+        ((9, 0), "bf16", 100, 8, (100, False, 100)),
+        ((9, 0), "fp8", None, 8, (124, False, 124)),
+        ((9, 0), "fp8", None, 0, (None, False, None)),
+        ((10, 0), "bf16", None, 8, (124, False, 124)),
     ],
 )
 def test_sms_of_experts(capability, precision, num_sms, comm_sms, expected, monkeypatch):
     """Kernels with equal shares leave communication its SMs; others may draw tiles on all."""
-    monkeypatch.setattr(block, "device_facts", lambda device: (132, capability))
-    layer = small.block()
-    chunk = layer.start_chunk()
-    moe = layer.feed_forward
+    monkeypatch.setattr(split, "device_facts", lambda device: (132, capability))
+    moe = small.block().feed_forward
     moe.precision = precision
-    moe.exchange = SimpleNamespace(comm_sms=comm_sms, device=torch.device("cuda"))
-    assert chunk.beside_communication(num_sms) == expected
+    exchange = SimpleNamespace(comm_sms=comm_sms, device=torch.device("cuda"))
+    assert SmSplit(None, num_sms).share(moe, exchange) == SmShare(*expected)
     moe.num_sms = 7
-    assert chunk.beside_communication(None) == (7, False)
+    assert SmSplit(None, None).share(moe, exchange) == SmShare(7, False, 7)
+    assert SmShare.alone(moe) == SmShare(7, False, 7)
+
+
+def split_of(comm_sms):
+    made = SmSplit(None, None)
+    made.largest = comm_sms
+    return made
 
 
 @pytest.fixture
@@ -290,7 +298,7 @@ def claimed(monkeypatch):
 @pytest.mark.parametrize("comm_sms, limit", [(8, 124), (132, 1)])
 def test_claims_end_with_what_communicates(comm_sms, limit, claimed):
     lanes, written = claimed
-    lanes.open(comm_sms)
+    lanes.open(split_of(comm_sms))
     assert lanes._communicate(lambda *numbers: written.append("segment") or sum(numbers), 1, 2) == 3
     assert written == ["comm", limit, "segment", 0, "compute"]
     del written[:]
@@ -305,7 +313,7 @@ def test_claims_end_with_what_communicates(comm_sms, limit, claimed):
 
 def test_a_broken_stream_shows_its_first_error(claimed, monkeypatch):
     lanes, _ = claimed
-    lanes.open(8)
+    lanes.open(split_of(8))
 
     def fail(device, limit):
         raise RuntimeError("of the stream")
@@ -322,9 +330,9 @@ def test_a_broken_stream_shows_its_first_error(claimed, monkeypatch):
 def test_nothing_claimed(comm_sms, can, claimed, monkeypatch):
     """Copy engines take no SM; other GPUs' kernels do not look."""
     lanes, written = claimed
-    lanes.open(8)
+    lanes.open(split_of(8))
     monkeypatch.setattr(overlap, "can_claim", lambda device: can)
-    lanes.open(comm_sms)
+    lanes.open(split_of(comm_sms))
     lanes._communicate(lambda: None)
     assert written == ["comm", "compute"]
 
@@ -333,7 +341,7 @@ def test_plan_lives_until_the_compute_lane_is_behind_its_last_reader():
     chunk = small.stage(1).start_chunk(torch.randn(2, 7, 16))
     (out,) = chunk.forward()
     (block,) = chunk.blocks
-    plan = weakref.ref(block._plan)
+    plan = weakref.ref(block._held.plan)
     block.combine_backward(torch.randn_like(out))
     block.mlp_backward()
     block.mlp_backward_weight()
@@ -402,3 +410,61 @@ def test_wrong_arguments():
     )
     with pytest.raises(ValueError, match="a loss is one number"):
         chunk.forward()
+
+
+def test_segments_out_of_order_are_refused():
+    (block,) = small.stage(1).start_chunk().blocks
+    block.attention(torch.randn(2, 7, 16))
+    with pytest.raises(RuntimeError, match=r"follows plan\(\), the last one was attention\(\)"):
+        block.dispatch()
+    block.plan()
+    with pytest.raises(RuntimeError, match=r"follows attention\(\), the last one was plan\(\)"):
+        block.plan()
+
+
+def test_the_first_pair_has_its_comm_sms(monkeypatch):
+    """Though its layer opens the exchange in the middle of it."""
+    seen, send = [], Exchange.send
+
+    def spy(exchange, *arguments, **options):
+        seen.append(exchange.comm_sms)
+        return send(exchange, *arguments, **options)
+
+    monkeypatch.setattr(Exchange, "send", spy)
+    # A backend on the CPU has no SMs: what is set comes back.
+    monkeypatch.setattr(Exchange, "comm_sms", property(lambda e: e.__dict__["sms"], set_sms))
+    model = small.stage(1)
+    first = model.start_chunk(torch.randn(2, 7, 16), channel="forward")
+    second = model.start_chunk(torch.randn(2, 7, 16), channel="backward")
+    assert model.blocks[0].feed_forward.exchange is None
+    OverlappedPair("cpu", comm_sms=24).run_forwards(first, second)
+    assert seen == [24, 24]
+    assert model.blocks[0].feed_forward.exchange.comm_sms == 16  # its own is back
+
+
+def set_sms(exchange, comm_sms):
+    exchange.__dict__["sms"] = comm_sms
+
+
+def test_hooks_on_norms_run():
+    """They see what the norm gets and gives, and may replace it."""
+    block = small.block()
+    x, seen = torch.randn(2, 7, 16), []
+    want = block(x)
+
+    def hook(norm, inputs, output):
+        seen.append((norm, output))
+        return 2 * output
+
+    handles = [
+        norm.register_forward_hook(hook) for norm in (block.attention_norm, block.feed_forward_norm)
+    ]
+    changed = block(x)
+    assert [norm for norm, _ in seen] == [block.attention_norm, block.feed_forward_norm]
+    assert not torch.allclose(changed, want)
+    chunk = TransformerStage([block]).start_chunk(x)
+    (out,) = chunk.forward()
+    torch.testing.assert_close(out, changed.detach())
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(block(x), want)

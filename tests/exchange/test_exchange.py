@@ -75,24 +75,25 @@ def _unique_rows(rank, group):
         x, plan = case.x(rank), exchange.plan(case.topk_idx(rank, exchange.world_size))
         rows = exchange.dispatch(x, plan)
         expanded = torch.zeros_like(rows)
-        with exchange.dispatch_unique(x, plan, topk_weight=case.topk_weight(rank)) as received:
+        with exchange.send(x, plan, topk_weight=case.topk_weight(rank)) as received:
             for source, count in enumerate(plan.unique_counts.tolist()):
                 token, k = (plan.expert_rows[source, :count] >= 0).nonzero(as_tuple=True)
                 expanded[plan.expert_rows[source, token, k].long()] = received.rows[source, token]
         assert torch.equal(expanded, rows)
-        sums = exchange.sums(plan)
+        departure = exchange.leave(None, plan)
+        sums = departure.sums
         for source, count in enumerate(plan.unique_counts.tolist()):
             for i, slots in enumerate(plan.expert_rows[source, :count].tolist()):
                 sums[source, i] = rows[[slot for slot in slots if slot >= 0]].sum(0)
-        y = exchange.combine_unique(plan)
+        y = exchange.fetch(departure, plan)
         torch.testing.assert_close(y, exchange.combine(rows, plan), rtol=1e-6, atol=1e-6)
 
-        received = exchange.dispatch_unique(x, plan, topk_weight=case.topk_weight(rank))
-        rows_too, row_weight = exchange.expand(received, plan)
+        received = exchange.send(x, plan, topk_weight=case.topk_weight(rank))
+        rows_too, row_weight = exchange.arrive(received, plan)
         expected = exchange.dispatch(x, plan, topk_weight=case.topk_weight(rank))
         assert torch.equal(rows_too, rows) and torch.equal(row_weight, expected[1])
-        exchange.sum_rows(rows, plan, row_weight=row_weight, channel="backward")
-        found = exchange.combine_unique(plan, weighted=True, channel="backward")
+        departure = exchange.leave(rows, plan, row_weight=row_weight, channel="backward")
+        found = exchange.fetch(departure, plan)
         want = exchange.combine(rows, plan, row_weight=row_weight)
         torch.testing.assert_close(found[0], want[0], rtol=1e-6, atol=1e-6)
         assert torch.equal(found[1], want[1])

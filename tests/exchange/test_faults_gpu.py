@@ -325,14 +325,13 @@ def _refusals(job) -> int:
     exchange, plan = job.exchange, job.plan
     calls = [
         *(lambda name=name: job.call(name) for name in CALLS),
+        lambda: exchange.send(job.x, plan),
         exchange.check,
         lambda: setattr(exchange, "comm_sms", 4),
     ]
     if exchange.form == "unique":
         calls += [
-            lambda: exchange.dispatch_unique(job.x, plan),
-            lambda: exchange.sums(plan),
-            lambda: exchange.combine_unique(plan),
+            lambda: exchange.leave(None, plan),
         ]
     for i, call in enumerate(calls):
         try:

@@ -243,7 +243,7 @@ class Job:
 
     def _dispatch_unique(self, channel: str, wrong: dict) -> None:
         options = dict(topk_weight=self.topk_weight) if self.weighted else {}
-        unique = self.world.exchange.dispatch_unique(self.x, self.plan, channel=channel, **options)
+        unique = self.world.exchange.send(self.x, self.plan, channel=channel, **options)
         wrong["unique_counts"] = (self.plan.unique_counts != self.counts).sum()
         wrong["unique rows"] = ((unique.rows != self.want_unique) & self.arrived).sum()
         if self.weighted:
@@ -254,9 +254,10 @@ class Job:
 
     def _combine_unique(self, channel: str, wrong: dict) -> None:
         exchange = self.world.exchange
-        exchange.sums(self.plan, channel=channel).copy_(self.sums)
+        departure = exchange.leave(None, self.plan, channel=channel)
+        departure.sums.copy_(self.sums)
         self._poison(self.want_y)
-        y = exchange.combine_unique(self.plan, channel=channel)
+        y = exchange.fetch(departure, self.plan)
         wrong["y"] = (y != self.want_y).sum()
 
     def _poison(self, *alike: torch.Tensor) -> None:

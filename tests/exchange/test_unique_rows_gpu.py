@@ -48,7 +48,7 @@ def _fp8_rows(rank, group, hidden):
         everyone = [case.x(p) for p in range(ranks)]
         for comm_sms in (0, 1, 8, 24):
             exchange.comm_sms = comm_sms
-            with exchange.dispatch_unique(x.detach(), plan, payload="fp8") as received:
+            with exchange.send(x.detach(), plan, payload="fp8") as received:
                 for source in range(ranks):
                     theirs = everyone[source].clone()
                     theirs[: len(theirs) // 2] *= 1e-3
@@ -87,7 +87,7 @@ def _held_rows(rank, group):
         idx = torch.tensor([[0, 5]] * 9, dtype=torch.int32, device=exchange.device)
         x = torch.randn(9, 64, device=exchange.device).bfloat16()
         plan = exchange.plan(idx)
-        held = exchange.dispatch_unique(x, plan)
+        held = exchange.send(x, plan)
         with pytest.raises(DualPipeError, match="release"):
             exchange.dispatch(x, plan)
         exchange.dispatch(x, plan, channel="backward")  # the other channel has its own buffers
@@ -95,13 +95,13 @@ def _held_rows(rank, group):
         rows = exchange.dispatch(x, plan)
         side = torch.cuda.Stream()
         for _ in range(20):  # expansion and sums on one stream, transfers on another
-            received = exchange.dispatch_unique(x, plan)
+            received = exchange.send(x, plan)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                expanded = exchange.expand(received, plan)
-                exchange.sum_rows(expanded, plan)
+                expanded = exchange.arrive(received, plan)
+                departure = exchange.leave(expanded, plan)
             torch.cuda.current_stream().wait_stream(side)
-            y = exchange.combine_unique(plan)
+            y = exchange.fetch(departure, plan)
             assert torch.equal(expanded, rows)
             assert torch.equal(y, exchange.combine(rows, plan))
         bad = idx.clone()

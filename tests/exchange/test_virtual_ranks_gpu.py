@@ -17,6 +17,8 @@ from tests.support.exchange_cases import (
     Case,
     check_routings,
     check_tables,
+    combine,
+    dispatch,
     expected_combine,
     expected_dispatch,
     expected_plan,
@@ -83,9 +85,9 @@ def load_row_kernels(world_size, case):
 @contextmanager
 def virtual_ranks(monkeypatch, world_size, case, timeout=20.0, comm_sms=4, unique=False):
     """A backend and a stream for every rank."""
-    from dualpipe_ext.exchange import nvlink, nvlink_unique
+    from dualpipe_ext.exchange import nvlink, nvlink_expert, nvlink_unique
 
-    make_backend = nvlink_unique.NvlinkUniqueBackend if unique else nvlink.NvlinkBackend
+    kind = nvlink_unique.NvlinkUniqueBackend if unique else nvlink_expert.NvlinkExpertBackend
 
     buffers, backends = [], []
 
@@ -98,10 +100,8 @@ def virtual_ranks(monkeypatch, world_size, case, timeout=20.0, comm_sms=4, uniqu
     device = torch.device("cuda", torch.cuda.current_device())
     for rank in range(world_size):
         layout = RoutingLayout(rank, world_size, case.num_experts, case.topk, case.max_tokens)
-        backends.append(make_backend(None, layout, case.hidden, case.dtype, device, timeout))
+        backends.append(kind(None, layout, case.hidden, case.dtype, device, timeout))
         backends[-1].comm_sms = comm_sms
-        if unique:
-            backends[-1].num_sms = 4
     streams = [torch.cuda.Stream() for _ in range(world_size)]
     # No allocation may wait for the device while some ranks' kernels wait for the others'.
     if unique:
@@ -147,7 +147,7 @@ def check(ranks, case, channel):
     weight = [case.topk_weight(p).cuda() for p in range(world_size)]
     torch.cuda.synchronize()
     received = on_every(
-        ranks, lambda rank, backend: backend.dispatch(x[rank], plans[rank], weight[rank], channel)
+        ranks, lambda rank, b: dispatch(b, x[rank], plans[rank], weight[rank], channel, num_sms=4)
     )
     for (rows, row_weight), expected in zip(received, want, strict=True):
         want_rows, want_weight = expected_dispatch(case, expected)
@@ -158,7 +158,7 @@ def check(ranks, case, channel):
     scalars = [case.row_weight(p, want[p].rows).cuda() for p in range(world_size)]
     torch.cuda.synchronize()
     returned = on_every(
-        ranks, lambda rank, backend: backend.combine(out[rank], plans[rank], scalars[rank], channel)
+        ranks, lambda rank, b: combine(b, out[rank], plans[rank], scalars[rank], channel, num_sms=4)
     )
     for rank, (y, topk_weight) in enumerate(returned):
         want_y, want_weight = expected_combine(case, want, rank)
@@ -206,11 +206,11 @@ def test_a_rank_that_never_arrives(monkeypatch, operation):
         torch.cuda.synchronize()
         calls = {
             "plan": lambda rank, backend: backend.plan(idx[rank]),
-            "dispatch": lambda rank, backend: backend.dispatch(
-                x[rank], plans[rank], None, "backward"
+            "dispatch": lambda rank, backend: dispatch(
+                backend, x[rank], plans[rank], None, "backward"
             ),
-            "combine": lambda rank, backend: backend.combine(
-                rows[rank], plans[rank], None, "backward"
+            "combine": lambda rank, backend: combine(
+                backend, rows[rank], plans[rank], None, "backward"
             ),
         }
         for rank in (0, 2):

@@ -411,3 +411,23 @@ def test_wrong_input():
     with pytest.raises(ValueError, match="5 tokens, the exchange buffers 4: pass max_tokens=5"):
         layer(torch.zeros(5, 16))
     layer(torch.zeros(4, 16))  # and goes on
+
+
+def test_num_sms_and_timeout_reach_the_exchange(monkeypatch):
+    """All four calls, forward and backward, of a layer that stands alone."""
+    layer, seen = MoELayer(**SIZES, num_sms=7, timeout=3.5), set()
+    x = torch.randn(5, SIZES["hidden"], requires_grad=True)
+    layer(x)
+    assert layer.exchange.timeout == 3.5
+    assert MoELayer.from_dense(layer).timeout == 3.5
+    backend = layer.exchange._backend
+    for name in ("send", "arrive", "leave", "fetch"):
+        call = getattr(backend, name)
+
+        def spy(*arguments, name=name, call=call):
+            seen.add((name, arguments[-1]))
+            return call(*arguments)
+
+        monkeypatch.setattr(backend, name, spy)
+    layer(x).sum().backward()
+    assert seen == {(name, 7) for name in ("send", "arrive", "leave", "fetch")}

@@ -50,7 +50,7 @@ def test_layers_load_no_compiler():
 @pytest.mark.parametrize("name", dualpipe_ext.__all__)
 def test_public_name(name):
     value = getattr(dualpipe_ext, name)
-    assert callable(value) and value.__name__ == name
+    assert name == "ROW_ALIGNMENT" or (callable(value) and value.__name__ == name)
     assert name in dir(dualpipe_ext)
 
 

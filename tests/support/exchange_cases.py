@@ -318,9 +318,7 @@ def check_bad_arguments(rank: int, group: dist.ProcessGroup | None, backend: str
     refused(ValueError, exchange.dispatch, x, plan, payload="fp4")
     for needs_unique_rows in (
         lambda: exchange.dispatch(x, plan, payload="fp8"),
-        lambda: exchange.dispatch_unique(x, plan),
-        lambda: exchange.sums(plan),
-        lambda: exchange.combine_unique(plan),
+        lambda: exchange.leave(None, plan),
     ):
         refused(ValueError, needs_unique_rows)
         assert 'form="unique"' in messages[-1]
@@ -337,3 +335,14 @@ def check_bad_arguments(rank: int, group: dist.ProcessGroup | None, backend: str
     exchange.close()
     refused(RuntimeError, exchange.plan, idx)
     return messages
+
+
+def dispatch(backend, x, plan, topk_weight, channel, payload=None, num_sms=None):
+    """Rows in expert order and their weights, by a backend's calls."""
+    arrival = backend.send(x, plan, topk_weight, channel, payload, num_sms)
+    return backend.arrive(arrival, plan, num_sms)
+
+
+def combine(backend, rows, plan, row_weight, channel, num_sms=None):
+    """y and the scalars that went along, by a backend's calls."""
+    return backend.fetch(backend.leave(rows, plan, row_weight, channel, num_sms), plan, num_sms)

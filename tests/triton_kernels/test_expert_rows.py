@@ -15,7 +15,14 @@ from dualpipe_ext.exchange.plan import RoutingLayout
 from dualpipe_ext.exchange.reference import ReferenceBackend
 from dualpipe_ext.ops.fp8 import dequantize_rows, quantize_rows
 from tests.support.ahead_of_time import check_resources, compile_kernel, resources_of
-from tests.support.exchange_cases import ROUTINGS, Case, expected_plan, relative_error
+from tests.support.exchange_cases import (
+    ROUTINGS,
+    Case,
+    combine,
+    dispatch,
+    expected_plan,
+    relative_error,
+)
 from tests.support.expert_rows_cases import CASES
 from tests.support.interpreted import run_interpreted
 
@@ -73,7 +80,7 @@ def test_fp8_rows_come_back():
 
 def make_backend(rank, group, case, world_size, **options):
     layout = RoutingLayout(rank, world_size, case.num_experts, case.topk, case.max_tokens)
-    return ReferenceBackend(group, layout, case.hidden, case.dtype, **options)
+    return ReferenceBackend(group, layout, case.hidden, case.dtype, unique=True, **options)
 
 
 def sent_tokens(idx, local, rank):
@@ -102,8 +109,10 @@ def check_unique_form(rank, group, routing, dtype):
     assert torch.equal(plan.send_rows, want_send)
 
     x, weight = case.x(rank), case.topk_weight(rank)
-    rows, scales, weights = backend.dispatch_unique(x, plan, weight, "forward")
-    q8, q8_scales, nothing = backend.dispatch_unique(x, plan, None, "forward", "fp8")
+    arrival = backend.send(x, plan, weight, "forward")
+    rows, scales, weights = arrival.rows, arrival.scales, arrival.topk_weight
+    arrival = backend.send(x, plan, None, "forward", "fp8")
+    q8, q8_scales, nothing = arrival.rows, arrival.scales, arrival.topk_weight
     assert scales is None and nothing is None and q8.dtype == torch.float8_e4m3fn
     assert rows.shape == q8.shape == (world_size, case.max_tokens, case.hidden)
     for p, tokens in enumerate(arrivals):
@@ -117,24 +126,24 @@ def check_unique_form(rank, group, routing, dtype):
         assert rows[p, count:].isnan().all() and q8[p, count:].float().isnan().all()
 
     # Home again: y is the sum of what each rank holds for a token.
-    sums = backend.sums(plan, "backward")
+    departure = backend.leave(None, plan, None, "backward")
+    sums = departure.sums
     assert sums.shape == rows.shape and sums.dtype == dtype
     held = [case.matrix(world_size * 40, case.generator(q, 8)).view(sums.shape) for q in range(4)]
     for p, tokens in enumerate(arrivals):
         sums[p, : len(tokens)] = held[rank][p, : len(tokens)]
-    y, _ = backend.combine_unique(plan, "backward")
+    y, _ = backend.fetch(departure, plan)
     want = torch.zeros(len(x), case.hidden, dtype=torch.float64)
     for q in range(world_size):
         for position, token in enumerate(sent_tokens(idx[rank], local, q)):
             want[token] += held[q][rank, position].double()
     assert y.dtype == dtype and y.shape == x.shape
     assert relative_error(y, want) < (5e-3 if dtype == torch.bfloat16 else 1e-6)
-    assert backend.sums(plan, "backward") is sums and backend.sums(plan, "forward") is not sums
 
     # fp8 rows in expert order are the rounded tokens.
     rounded = dequantize_rows(*quantize_rows(x), dtype)
-    got, _ = backend.dispatch(x, plan, None, "forward", "fp8")
-    assert torch.equal(got, backend.dispatch(rounded, plan, None, "forward")[0])
+    got, _ = dispatch(backend, x, plan, None, "forward", "fp8")
+    assert torch.equal(got, dispatch(backend, rounded, plan, None, "forward")[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -166,13 +175,13 @@ def check_max_rows(rank, group):
     exact = make_backend(rank, group, case, 4)
     plan, exact_plan = roomy.plan(idx[rank]), exact.plan(idx[rank])
     assert (plan.num_rows, exact_plan.num_rows) == (needed[fullest] + spare, needed[rank])
-    rows, weight = roomy.dispatch(case.x(rank), plan, case.topk_weight(rank), "forward")
-    want, want_weight = exact.dispatch(case.x(rank), exact_plan, case.topk_weight(rank), "forward")
+    rows, weight = dispatch(roomy, case.x(rank), plan, case.topk_weight(rank), "forward")
+    want, want_weight = dispatch(exact, case.x(rank), exact_plan, case.topk_weight(rank), "forward")
     assert rows.shape == (plan.num_rows, 8) and weight.shape == rows.shape[:1]
     assert torch.equal(rows[: needed[rank]], want) and not rows[needed[rank] :].any()
     assert torch.equal(weight[: needed[rank]], want_weight) and not weight[needed[rank] :].any()
-    y, _ = roomy.combine(rows, plan, None, "forward")
-    assert torch.equal(y, exact.combine(want, exact_plan, None, "forward")[0])
+    y, _ = combine(roomy, rows, plan, None, "forward")
+    assert torch.equal(y, combine(exact, want, exact_plan, None, "forward")[0])
 
 
 def test_max_rows(gloo_workers_4):
