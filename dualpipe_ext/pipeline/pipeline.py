@@ -20,6 +20,7 @@ from ..errors import DualPipeError, PeerTimeoutError
 from ..gradients.data_parallel import GradientSync, unwrap
 from ..ranks.agreement import Agreement, seconds
 from ..ranks.groups import process_group
+from .failure import Cause, Failure
 from .links import Links
 from .schedule import Schedule, build_schedule
 from .step import Batch, Step, cut_batch
@@ -144,7 +145,7 @@ class Pipeline:
         self._needs: list[dict[int, int]] | None = None
         self._learnt: dict[tuple, dict] = {}  # edges by signatures
         self._generation = 0  # of edges
-        self._failure: str | None = None  # after which there are no more steps
+        self.failure = Failure()
         self._closed = False
 
     def step(
@@ -180,16 +181,15 @@ class Pipeline:
         """
         if self._closed:
             raise DualPipeError("the pipeline is closed: make a new Pipeline")
-        if self._failure is not None:
-            raise DualPipeError(
-                f"a step before broke off: {self._failure}; make a new Pipeline on a new group"
-            )
+        self.failure.check()
+        self.failure.begin_step()
         forward_only = not torch.is_grad_enabled()
         schedule, batch = self._begin(
             inputs, labels, criterion, num_chunks, batch_dim, forward_only
         )
         transfers = Transfers(
             *(schedule, self.links.current, self._agreement, self._edges, self._generation),
+            self.failure,
             forward_only=forward_only,
         )
         step = Step(
@@ -198,12 +198,12 @@ class Pipeline:
             return_outputs=return_outputs,
         )
         syncs = []
-        with step.watch():
+        with self.failure.watch():
             for module in self.modules:
                 syncs.append(GradientSync(module))
                 syncs[-1].begin()
         step.run()
-        self._end(step, transfers)
+        self._end(transfers)
         reduce = sync_gradients and not forward_only
         for sync in syncs:
             sync.end(reduce, forward_only=forward_only)
@@ -227,12 +227,13 @@ class Pipeline:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self._failure = (
+            text = (
                 f"rank {self.rank} waited up to {self.timeout:g} s for the gradients of rank "
                 f"{mirror}, which has copies of its stages: that rank died, hangs or called "
                 f"something else; see its log ({error})"
             )
-            raise DualPipeError(self._failure) from error
+            self.failure.end(text)
+            raise DualPipeError(text) from error
 
     def check(self) -> None:
         """Raise PeerTimeoutError if, so far, the GPU has given up waiting for another rank.
@@ -315,19 +316,19 @@ class Pipeline:
         text = None if problem is None else str(problem)
         mine = _Beginning(num_chunks, forward_only, signature, text, broken)
         if broken:  # leave word and go: the rank that did not come may be gone
-            self._failure = text
+            self.failure.end(text)
             self._agreement.gather("begin the step", mine, wait=False)
             raise problem
         try:
             everybody = self._agreement.gather("begin the step", mine)
         except DualPipeError as error:  # from here on ranks would take each other's old words
-            self._failure = str(error)
+            self.failure.end(str(error))
             raise
         if problem is not None:
             raise problem
         for rank, theirs in enumerate(everybody):
             if theirs.broken:
-                self._failure = theirs.problem
+                self.failure.end(theirs.problem)
                 raise DualPipeError(f"rank {rank} of the pipeline failed: {theirs.problem}")
             if theirs.problem is not None:
                 raise ValueError(f"rank {rank}: {theirs.problem}")
@@ -339,40 +340,40 @@ class Pipeline:
         try:
             self._recall(tuple(theirs.signature for theirs in everybody))
         except Exception as error:  # the others go on, and wait up to the limit
-            self._failure = f"{type(error).__name__}: {error}"
+            self.failure.end(f"{type(error).__name__}: {error}")
             raise
         return self._schedule, batch
 
-    def _end(self, step: Step, transfers: Transfers) -> None:
+    def _end(self, transfers: Transfers) -> None:
         """Raise on every rank what went wrong on one."""
-        failure = step.failure
-        text = None if failure is None else f"{type(failure).__name__}: {failure}"
+        failure, error = self.failure, self.failure.error
+        text, cause, links_broken = failure.text, failure.cause, failure.links_broken
+        failure.begin_step()  # an error's frames hold the step's tensors
         what = "finish the step"
-        if transfers.broken:  # nobody can tell who still comes: leave word and go
-            self._failure = text
-            self._agreement.gather(what, (text, step.cause, True), wait=False)
-            raise failure
+        if links_broken:  # no rank can tell who still comes: leave word and go
+            assert error is not None
+            failure.end(text)
+            self._agreement.gather(what, (text, cause, True), wait=False)
+            raise error
         try:
-            everybody = self._agreement.gather(what, (text, step.cause, False))
-        except DualPipeError as error:
-            self._failure = str(error)
-            raise (failure or error) from error
+            everybody = self._agreement.gather(what, (text, cause, False))
+        except DualPipeError as missing:
+            failure.end(str(missing))
+            raise (error or missing) from missing
         transfers.forget()
         for rank, (found, _, broken) in enumerate(everybody):
             if broken:  # it will not come to the next step
-                self._failure = f"rank {rank} failed: {found}"
+                failure.end(f"rank {rank} failed: {found}")
         failed = [(cause, rank) for rank, (found, cause, _) in enumerate(everybody) if found]
         if not failed:
             self._learnt[self._signatures] = self._edges
             return
         self._learnt.clear()  # not all ranks may have learnt all
         self._signatures = None
-        if failure is not None and step.cause == 0:
-            raise failure
+        if error is not None and cause == Cause.HERE:
+            raise error
         _, rank = min(failed)  # causes come before what they led to
-        raise DualPipeError(
-            f"rank {rank} of the pipeline failed: {everybody[rank][0]}"
-        ) from failure
+        raise DualPipeError(f"rank {rank} of the pipeline failed: {everybody[rank][0]}") from error
 
     def _recall(self, signatures: tuple) -> None:
         """Choose edges and links for a step with these inputs; alike on all ranks."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..blocks.stage import HookChunk, StageChunk, start_chunk
-from ..errors import DualPipeError
 from ..gradients.data_parallel import unwrap
 from ..trace.ranges import named_range
+from .failure import Failure
 from .schedule import Action, Schedule
 from .transfers import Transfers
 
@@ -83,12 +82,7 @@ def _check_cut(name: str, tensor: Tensor, chunks: int, batch_dim: int) -> None:
 
 
 class Step:
-    """Runs the actions of `pipeline.rank`; after a failure it only keeps the others from waiting.
-
-    Attributes:
-        failure: what went wrong here, None so far.
-        cause: 0 if it began here, 1 if it came of another rank's failure, 2 of a missing tensor.
-    """
+    """Runs the actions of `pipeline.rank`; after a failure it keeps the others from waiting."""
 
     def __init__(
         self,
@@ -105,8 +99,7 @@ class Step:
         self.batch, self.criterion = batch, criterion
         self.forward_only, self.return_outputs = forward_only, return_outputs
         self.rank, self.last = pipeline.rank, schedule.num_stages - 1
-        self.failure: Exception | None = None
-        self.cause = 0
+        self.failure: Failure = pipeline.failure
         self._local: dict[tuple, tuple] = {}  # from one stage of this rank to the other
         self._chunks: dict[tuple, object] = {}
         self._losses: dict[int, Tensor] = {}
@@ -118,25 +111,15 @@ class Step:
             parts = action.parts
             if self.forward_only:
                 parts = tuple(part for part in parts if part.op == "F")
-            if self.failure is None and parts:
-                with self.watch(), named_range(f"pipeline: {action}"):
+            if self.failure.error is None and parts:
+                with self.failure.watch(), named_range(f"pipeline: {action}"):
                     self.transfers.post(position)
                     self._run(parts)
-            if self.failure is not None:
-                self._skip(parts)
-        with self.watch():
-            self.transfers.finish()
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Keeps the first failure."""
-        try:
-            yield
-        except Exception as error:
-            if self.failure is None:
-                self.failure = error
-                self.cause = 2 if self.transfers.broken else int(isinstance(error, DualPipeError))
+            if self.failure.error is not None:
                 self._chunks.clear()
+                self._skip(parts)
+        with self.failure.watch():
+            self.transfers.finish()
 
     def losses(self) -> Tensor | None:
         return (
@@ -273,12 +256,12 @@ class Step:
         ]
         for part, tensor, step in moves:
             if self._elsewhere(part, -step):
-                with self.watch():
+                with self.failure.watch():
                     place = (part.stage - step, part.chunk, part.direction)
                     self.transfers.drop(tensor, *place)
         for part, tensor, step in moves:
             if self._elsewhere(part, step):
-                with self.watch():
+                with self.failure.watch():
                     self.transfers.send(tensor, *_place(part), None)
 
     def _elsewhere(self, part: Action, step: int) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import DualPipeError, PeerTimeoutError
 from ..ranks.agreement import Agreement
+from .failure import Failure
 from .links import AnyLinks, Moving
 from .packing import DEAD, Signature, item_parts, pack, travels
 from .schedule import Schedule, Transfer
@@ -68,6 +69,7 @@ class Transfers:
         edges: signature of what stage s hands on in direction d, by (s, d): learnt in the first
             step, kept by the caller for the next ones. A stage's gradient has that of its outputs.
         generation: names this set of edges in the store.
+        failure: of the pipeline; its `links_broken` is set here.
     """
 
     def __init__(
@@ -77,9 +79,11 @@ class Transfers:
         agreement: Agreement,
         edges: dict[tuple[int, int], Signature | str],
         generation: int,
+        failure: Failure,
         *,
         forward_only: bool,
     ) -> None:
+        self._failure = failure
         self._links, self._agreement = links, agreement
         self._edges, self._generation = edges, generation
         self.rank = agreement.rank
@@ -88,7 +92,6 @@ class Transfers:
         self._posted: dict[tuple, _Incoming] = {}
         self._sent: dict[int, deque[tuple[Transfer, Moving]]] = {}  # by target
         self._published: list[str] = []  # what this rank told the others
-        self.broken = False
         for transfer in sorted(schedule.transfers(), key=_wire_order):
             if forward_only and transfer.tensor == "gradient":
                 continue
@@ -138,7 +141,7 @@ class Transfers:
         if transfer is None:  # sent before the failure
             return
         signature = self._signature(transfer, tensors)
-        if signature != DEAD and not self.broken:
+        if signature != DEAD and not self._failure.links_broken:
             self._poll(transfer.target)
             item = self._item(transfer, signature, tensors)
             with self._watch():
@@ -153,7 +156,7 @@ class Transfers:
         """After a failure: let the tensors come in and forget them, so that nobody waits."""
         key = (tensor, stage, chunk, direction)
         queued = (_key(transfer) for queue in self._queues.values() for transfer in queue)
-        if not self.broken and (key in self._posted or key in queued):
+        if not self._failure.links_broken and (key in self._posted or key in queued):
             with suppress(DualPipeError):  # they will not come
                 self.receive(*key)
 
@@ -164,7 +167,7 @@ class Transfers:
             DualPipeError: it did not within the timeout, or a wait on the device has given up.
         """
         for target, sent in self._sent.items():
-            while sent and not self.broken:
+            while sent and not self._failure.links_broken:
                 self._let_go(target)
         with self._watch():
             self._links.check()
@@ -186,7 +189,7 @@ class Transfers:
             if signature is None:
                 return
             transfer = queue[0]
-            if signature != DEAD and not self.broken:
+            if signature != DEAD and not self._failure.links_broken:
                 parts = item_parts(signature, gradient=transfer.tensor == "gradient")
                 with self._watch():
                     moving = self._links.receive(parts, transfer.source)
@@ -199,7 +202,7 @@ class Transfers:
         if edge not in self._edges:
             found = self._agreement.look_up(self._name_of(edge), wait=wait)
             if found is None and wait:
-                self.broken = True
+                self._failure.links_broken = True
                 raise DualPipeError(
                     f"rank {self.rank} waited {self._agreement.timeout:g} s for rank "
                     f"{transfer.source} to make the {_name(transfer)}: it died, hangs or computes "
@@ -256,10 +259,10 @@ class Transfers:
         except torch.OutOfMemoryError:  # of what comes; the links are as they were
             raise
         except PeerTimeoutError:
-            self.broken = True
+            self._failure.links_broken = True
             raise
         except RuntimeError as error:
-            self.broken = True
+            self._failure.links_broken = True
             raise DualPipeError(
                 f"rank {self.rank} could not exchange tensors with its neighbours in the pipeline: "
                 f"one died, hangs or left the step; see their logs ({error})"
@@ -269,7 +272,7 @@ class Transfers:
         try:
             moving.wait()
         except RuntimeError as error:
-            self.broken = True
+            self._failure.links_broken = True
             raise DualPipeError(
                 f"rank {self.rank} waited up to {self._agreement.timeout:g} s for {what}: "
                 f"that rank died, hangs or left the step; see its log ({error})"

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dualpipe_ext.pipeline.failure import Failure
 from dualpipe_ext.pipeline.links import GroupLinks
 from dualpipe_ext.pipeline.pipeline import Pipeline
 from dualpipe_ext.pipeline.schedule import build_schedule
@@ -317,7 +318,7 @@ def test_a_gradient_unlike_its_output_does_not_leave(wrong):
     edges = {(0, 0): (((2, 3), torch.float32),)}
     links = GroupLinks(None, agreement, torch.device("cpu"))
     schedule = build_schedule("1f1b", 2, 4)
-    transfers = Transfers(schedule, links, agreement, edges, 0, forward_only=False)
+    transfers = Transfers(schedule, links, agreement, edges, 0, Failure(), forward_only=False)
     with pytest.raises(ValueError, match=r"gradient of stage 1, chunk 0.*\[2, 3\] float32"):
         transfers.send("gradient", 1, 0, 0, (wrong,))
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import dualpipe_ext
 from dualpipe_ext.errors import PeerTimeoutError
 from dualpipe_ext.pipeline import peer_links as pipeline_peer_links
+from dualpipe_ext.pipeline.failure import Failure
 from dualpipe_ext.pipeline.peer_links import SLOTS, LinkLayout, PeerLinks
 from dualpipe_ext.pipeline.schedule import KINDS, build_schedule
 from dualpipe_ext.pipeline.simulate import Times, simulate
@@ -179,7 +180,9 @@ def host(machine, schedule, rank, links, errors, modes):
 
     links.send = keep
     for forward_only in modes:
-        transfers = Transfers(schedule, links, agreement, edges, 0, forward_only=forward_only)
+        transfers = Transfers(
+            schedule, links, agreement, edges, 0, Failure(), forward_only=forward_only
+        )
         for position, action in enumerate(schedule.actions[rank]):
             parts = [p for p in action.parts if p.op == "F" or not forward_only]
             transfers.post(position)
