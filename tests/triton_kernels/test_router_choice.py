@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dualpipe_ext.ops.route import _scores
-from dualpipe_ext.ops.route_reference import count_tokens, select_experts
+from dualpipe_ext.ops.route_reference import count_tokens, score, select_experts
 from tests.support.block_ops_cases import drawn
 from tests.triton_kernels.test_router_hopper import emulated
 
@@ -16,8 +15,7 @@ def run_choice(parts, bias, E, K, *, groups=1, keep=1, renormalize=True, num_sms
 
 
 def wanted_choice(logits, bias, K, *, groups=1, keep=1, renormalize=True):
-    scores, probability = _scores(logits, bias is None)
-    ranking = logits if bias is None else scores
+    scores, probability, ranking = score(logits, "softmax" if bias is None else "sigmoid")
     idx = select_experts(ranking, bias, K, groups, keep)
     weight = scores.gather(1, idx)
     if renormalize:
