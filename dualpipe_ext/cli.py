@@ -112,8 +112,9 @@ def _add_schedule(commands) -> None:
 
 
 def _run_schedule(options: argparse.Namespace) -> int:
+    from .pipeline.draw import describe_simulation, save_plot
     from .pipeline.schedule import build_schedule
-    from .pipeline.simulate import Times, describe_simulation, save_plot, simulate
+    from .pipeline.simulate import Times, simulate
 
     try:
         if options.fb is not None and options.comm_ratio is not None:

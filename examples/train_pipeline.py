@@ -30,9 +30,10 @@ from dualpipe_ext.blocks.attention import GroupedQueryAttention
 from dualpipe_ext.blocks.block import TransformerBlock
 from dualpipe_ext.blocks.stage import TransformerStage
 from dualpipe_ext.gradients.delayed import DelayedLinear
+from dualpipe_ext.pipeline.draw import draw_text
 from dualpipe_ext.pipeline.pipeline import Pipeline
 from dualpipe_ext.pipeline.schedule import build_schedule
-from dualpipe_ext.pipeline.simulate import draw_text, simulate
+from dualpipe_ext.pipeline.simulate import simulate
 from dualpipe_ext.trace.recording import record_trace
 from dualpipe_ext.trace.report import measure_overlap, read_trace
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dualpipe_ext.cli import main
+from dualpipe_ext.pipeline.draw import draw_text, save_plot, to_svg
 from dualpipe_ext.pipeline.schedule import KINDS, Pair, build_schedule
-from dualpipe_ext.pipeline.simulate import Times, draw_text, predict, save_plot, simulate, to_svg
+from dualpipe_ext.pipeline.simulate import Times, predict, simulate
 from tests.pipeline.test_schedule import places, sizes
 
 
