@@ -243,7 +243,8 @@ def _pixels_per_time(simulation: Simulation) -> float:
 
 def _title(simulation: Simulation) -> str:
     schedule = simulation.schedule
+    makespan, bubble = plain_number(simulation.makespan), plain_number(max(simulation.bubble))
     return (
         f"{schedule.kind}, {schedule.num_ranks} ranks, {schedule.num_chunks} chunks: "
-        f"makespan {plain_number(simulation.makespan):g}, bubble {plain_number(max(simulation.bubble)):g}"
+        f"makespan {makespan:g}, bubble {bubble:g}"
     )

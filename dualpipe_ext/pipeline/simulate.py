@@ -16,6 +16,7 @@ Without transfer times, with F&B = F+B, I = B-W >= W and F >= W, the bubble is
 in times of one stage, which is 1/(2R) of the model in zbv and dualpipev and 1/R in the others.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real

@@ -52,8 +52,8 @@ def test_info_of_two_gpus_without_peer_access():
 
 
 def test_package_that_was_never_built_says_how_to(monkeypatch, tmp_path):
-    monkeypatch.setattr(environment, "BUILD_RECORD", tmp_path / "_build.json")
-    found = environment.read_build_record()
+    monkeypatch.setattr(build_record, "BUILD_RECORD", tmp_path / "_build.json")
+    found = build_record.read_build_record()
     assert not found["built"]
     assert "pip install" in found["reason"]
 
