@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dualpipe_ext import __version__, environment
+from dualpipe_ext import __version__, build_record, environment
 from dualpipe_ext.cli import main
 
 

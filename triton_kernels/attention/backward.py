@@ -23,14 +23,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..launch.cached import cache_launches
 from ..launch.compat import async_load, async_store, barrier, reinterpret
 from ..launch.descriptors import describe
+from ..launch.shared_memory import (
+    allocate,
+    allocate_barriers,
+    allocate_integers,
+    matrix,
+    receive,
+    send,
+)
 from .backward_step import add_step
 from .tiles import (
     INTEGERS,
     LN_2,
     ROWS,
-    allocate,
-    allocate_barriers,
-    allocate_integers,
     allocate_split,
     allocate_stages,
     box,
@@ -39,11 +44,8 @@ from .tiles import (
     lay_out,
     load_split,
     locate_tile,
-    matrix,
     next_tile,
-    receive,
     scratch_row,
-    send,
     sequence_span,
 )
 

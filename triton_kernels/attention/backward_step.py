@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..launch.compat import async_reduce_add, barrier
-from .tiles import matrix
+from ..launch.shared_memory import matrix
 
 
 @gluon.jit

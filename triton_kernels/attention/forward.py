@@ -21,14 +21,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..launch.cached import cache_launches
 from ..launch.compat import async_load, async_store, barrier
+from ..launch.shared_memory import (
+    allocate,
+    allocate_barriers,
+    allocate_integers,
+    matrix,
+    receive,
+    send,
+)
 from .scores import hide_scores, issue_scores, score_blocks
 from .tiles import (
     INTEGERS,
     LN_2,
     ROWS,
-    allocate,
-    allocate_barriers,
-    allocate_integers,
     allocate_split,
     allocate_stages,
     box,
@@ -37,10 +42,7 @@ from .tiles import (
     lay_out,
     load_split,
     locate_tile,
-    matrix,
     next_tile,
-    receive,
-    send,
     sequence_span,
 )
 

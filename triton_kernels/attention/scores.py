@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from .tiles import matrix
+from ..launch.shared_memory import matrix
 
 
 @gluon.jit

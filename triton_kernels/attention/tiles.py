@@ -13,11 +13,11 @@ from functools import lru_cache
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..launch.arithmetic import ceil_div
 from ..launch.compat import GluonDescriptor, async_load
 from ..launch.descriptors import describe
+from ..launch.shared_memory import allocate, allocate_barriers
 from ..launch.sm_sharing import program_limit, tile_counter
 
 ROWS = 128  # rows of a tile: 64 for each of the two warpgroups
@@ -49,7 +49,7 @@ FAR = gl.constexpr(1 << 30)
 def next_tile(drawn_from, num_tiles):
     """The tile after a program's own first one, `num_tiles` or more where there is none.
 
-    drawn_from  counter of tiles, and how many programs may stay (`claims`)
+    drawn_from  counter of tiles, and how many programs may stay (`sm_sharing`)
     """
     counter, limit_ptr = drawn_from
     limit = gl.load(limit_ptr, cache_modifier=".cv")
@@ -128,20 +128,6 @@ def box(sequence, head, start, length, row, column, VARLEN: gl.constexpr):
 
 
 @gluon.jit
-def matrix(smem, slot):
-    """Buffer `slot` without the box's leading dimensions of one."""
-    buffer = smem.index(slot)
-    return buffer.reshape([buffer.shape[-2], buffer.shape[-1]])
-
-
-@gluon.jit
-def allocate(desc, count: gl.constexpr):
-    """Shared memory for `count` boxes of a descriptor."""
-    shape: gl.constexpr = [count] + desc.block_type.shape  # noqa: RUF005 (no stars in Triton)
-    return gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
-
-
-@gluon.jit
 def allocate_split(desc, rest_desc, count: gl.constexpr, REST: gl.constexpr):
     """The same for both descriptors of `describe_split`."""
     smem = allocate(desc, count)
@@ -166,40 +152,9 @@ def load_split(
 
 
 @gluon.jit
-def allocate_integers(count: gl.constexpr):
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return gl.allocate_shared_memory(gl.int32, [count, 1], layout)
-
-
-@gluon.jit
-def allocate_barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    """`count` mbarriers that each complete a phase with `arrivals` arrivals."""
-    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(count):
-        mbarrier.init(barriers.index(i), count=arrivals)
-    return barriers
-
-
-@gluon.jit
 def allocate_stages(count: gl.constexpr):
     """mbarriers "full", at which the loading warp arrives, and "empty", both warpgroups."""
     return allocate_barriers(count, 1), allocate_barriers(count, 2)
-
-
-@gluon.jit
-def send(slots, slot, numbers, count: gl.constexpr):
-    """Leaves `count` integers in a slot of shared memory, from one warp; an mbarrier that this warp
-    arrives at afterwards shows them to others."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    for i in gl.static_range(count):
-        slots.index(slot * count + i).store(gl.full([1], numbers[i], gl.int32, layout))
-
-
-@gluon.jit
-def receive(slots, slot, i: gl.constexpr, count: gl.constexpr):
-    """Integer i of a slot, in four warps."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.sum(slots.index(slot * count + i).load(layout), 0)
 
 
 @gluon.jit

@@ -28,11 +28,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..attention.tiles import allocate, allocate_barriers, allocate_integers, matrix, receive, send
 from ..launch.arithmetic import ceil_div
 from ..launch.cached import cache_launches
 from ..launch.compat import async_load, async_store, barrier
 from ..launch.descriptors import describe
+from ..launch.shared_memory import (
+    allocate,
+    allocate_barriers,
+    allocate_integers,
+    matrix,
+    receive,
+    send,
+)
 
 __all__ = ["BACKWARD", "FORWARD", "Fp8Config", "grouped_fp8_gemm"]
 

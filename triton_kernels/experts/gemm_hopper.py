@@ -30,11 +30,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..attention.tiles import allocate, allocate_barriers, allocate_integers, send
 from ..launch.arithmetic import ceil_div
 from ..launch.cached import cache_launches
 from ..launch.compat import GluonDescriptor, async_load, async_store, barrier
 from ..launch.descriptors import describe
+from ..launch.shared_memory import allocate, allocate_barriers, allocate_integers, receive, send
 from ..launch.sm_sharing import program_limit, tile_counter
 from .tiles_hopper import (
     DRAW_AHEAD,
@@ -42,7 +42,6 @@ from .tiles_hopper import (
     load_starts,
     locate_tile,
     look_at_limit,
-    receive,
     register_steps,
     split_columns,
 )

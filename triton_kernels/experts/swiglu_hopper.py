@@ -22,6 +22,7 @@ from ..launch.arithmetic import ceil_div
 from ..launch.cached import cache_launches
 from ..launch.compat import async_store, barrier, reinterpret
 from ..launch.descriptors import describe
+from ..launch.shared_memory import receive
 from ..launch.sm_sharing import program_limit, tile_counter
 from .gemm_hopper import (
     BLOCK_M,
@@ -38,7 +39,7 @@ from .gemm_hopper import (
     load_tiles,
     multiply_tile,
 )
-from .tiles_hopper import prefetch, receive, register_steps
+from .tiles_hopper import prefetch, register_steps
 
 STRIP = gl.constexpr(16)  # rows of a strip
 STRIPS = gl.constexpr(8)  # strips below each other in a tile

@@ -99,13 +99,6 @@ def locate_tile(tile, starts, end, num_n, ROWS: gl.constexpr, GROUP_M: gl.conste
 
 
 @gluon.jit
-def receive(slots, slot, i: gl.constexpr, count: gl.constexpr, WARPS: gl.constexpr):
-    """Integer i of a slot that attention_tiles.send filled with `count`, in WARPS warps."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    return gl.sum(slots.index(slot * count + i).load(layout), 0)
-
-
-@gluon.jit
 def split_columns(x):
     """Left and right half of [rows, columns]: renames registers, an MMA thread has both halves."""
     rows: gl.constexpr = x.shape[0]

@@ -26,13 +26,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..attention.tiles import allocate, allocate_barriers, allocate_integers, matrix, send
 from ..launch.arithmetic import ceil_div
 from ..launch.cached import cache_launches
 from ..launch.compat import async_load, async_reduce_add, async_store, barrier
 from ..launch.descriptors import describe
+from ..launch.shared_memory import (
+    allocate,
+    allocate_barriers,
+    allocate_integers,
+    matrix,
+    receive,
+    send,
+)
 from ..launch.sm_sharing import program_limit, tile_counter
-from .tiles_hopper import DRAW_AHEAD, GONE, draw, look_at_limit, prefetch, receive, split_columns
+from .tiles_hopper import DRAW_AHEAD, GONE, draw, look_at_limit, prefetch, split_columns
 
 WIDE = gl.constexpr(256)  # columns of a warpgroup's results: 128 registers a thread
 GROUP = gl.constexpr(8)  # tiles along the wide side that share the narrow operand in L2

@@ -37,11 +37,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..attention.tiles import allocate, allocate_barriers
 from ..launch.arithmetic import ceil_div, power_of_two
 from ..launch.cached import cache_launches
 from ..launch.compat import async_load, async_store, barrier
 from ..launch.descriptors import describe
+from ..launch.shared_memory import allocate, allocate_barriers
 from .tiles import counters, even_grid, even_splits
 
 __all__ = ["BackwardHopperConfig", "gradients_hopper"]

@@ -35,12 +35,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..attention.tiles import allocate, allocate_barriers
 from ..experts.tiles_hopper import split_columns
 from ..launch.arithmetic import ceil_div
 from ..launch.cached import cache_launches
 from ..launch.compat import async_load
 from ..launch.descriptors import describe
+from ..launch.shared_memory import allocate, allocate_barriers
 from .tiles import BLOCK_E, columns_of, even_grid, even_splits
 
 __all__ = ["HopperConfig", "logits_hopper", "split_weight"]
