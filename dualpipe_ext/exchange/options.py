@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from ..errors import KernelCompileError
 from ..ops.expert_order import ROW_ALIGNMENT
 from ..ops.operator import triton_obstacle
+from ..ranks.agreement import Agreement
 from ..ranks.backend import choose_backend
 from ..ranks.groups import host_identity
 from ..ranks.peer_memory import PeerMemory
@@ -21,6 +21,7 @@ __all__ = ["ExchangeOptions", "agree_on_backend"]
 FORMS = ("expert", "unique")
 MAX_TOPK = 32  # a route a lane of the warp that moves a token
 MAX_LOCAL_EXPERTS = 512  # the plan's prefix sums stay in shared memory
+OPENING = 600.0  # seconds that ranks may come late: they load weights and compile
 NVLINK_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -94,6 +95,7 @@ def agree_on_backend(
     Raises:
         ValueError, TypeError: an argument of some rank is wrong, or differs from rank 0's.
         KernelCompileError: backend="nvlink", and kernels do not compile on some rank.
+        DualPipeError: a rank did not come.
     """
     mine = {"options": options, "host": host_identity(), "rendezvous": PeerMemory.rendezvous}
     mine |= {"error": None, "choice": None, "obstacle": None}
@@ -105,11 +107,7 @@ def agree_on_backend(
         mine["obstacle"] = _kernel_obstacle(options, mine["choice"][0], device)
     except (TypeError, ValueError, KernelCompileError) as error:
         mine["error"] = error
-    everyone = [mine]
-    if world_size > 1:
-        everyone = [None] * world_size
-        with _current(device):  # NCCL takes the current device
-            dist.all_gather_object(everyone, mine, group=group)
+    everyone = Agreement(group, OPENING).gather("open the exchange", mine)
     for rank, theirs in enumerate(everyone):
         if theirs["error"] is not None:
             raise type(theirs["error"])(f"rank {rank}: {theirs['error']}")
@@ -181,7 +179,3 @@ def _check_rendezvous(counts: list[int]) -> None:
             f"symmetric memory needs equally many on each: open the exchanges of the larger group "
             f'first, or as many in every smaller group, or use backend="reference"'
         )
-
-
-def _current(device: torch.device) -> AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..balance.load import LoadWindow
 from ..balance.placement import ExpertPlacement, SlotTables
+from ..ranks.agreement import Agreement
 from ..ranks.groups import process_group
 from ..ranks.row_transfer import RowTransfer
 from .moves import gradient_of, list_expert_tensors, move_experts
@@ -56,6 +57,7 @@ class PlacedExperts(nn.Module):
         self._placement = ExpertPlacement.in_order(num_experts, self.world_size, num_slots)
         self._tables: SlotTables | None = None
         self._copies_sum: RowTransfer | None = None
+        self._agreement: Agreement | None = None
         self._load = LoadWindow(num_experts, load_decay)
 
         like, size = {"dtype": dtype, "device": device}, self.num_local_slots
@@ -158,6 +160,8 @@ class PlacedExperts(nn.Module):
             tensors = list_expert_tensors(self._weights(), optimizer)
         except (TypeError, ValueError) as error:
             problem = error
+        if self._agreement is None:
+            self._agreement = Agreement(self.group, 100.0)
         move_experts(
             self._placement,
             placement,
@@ -165,6 +169,7 @@ class PlacedExperts(nn.Module):
             rank=self.rank,
             group=self.group,
             device=self.w13.device,
+            agreement=self._agreement,
             timeout=timeout,
             problem=problem,
         )

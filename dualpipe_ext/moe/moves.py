@@ -11,7 +11,6 @@ error at their next collective.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 
 from ..balance.placement import ExpertPlacement
 from ..errors import DualPipeError
-from ..ranks.row_transfer import RowTransfer, wait
+from ..ranks.agreement import Agreement
+from ..ranks.row_transfer import RowTransfer
 
 __all__ = ["ExpertTensor", "gradient_of", "list_expert_tensors", "move_experts"]
 
@@ -119,6 +119,7 @@ def move_experts(
     rank: int,
     group: dist.ProcessGroup | None,
     device: torch.device,
+    agreement: Agreement,
     timeout: float,
     problem: Exception | None = None,
 ) -> None:
@@ -127,6 +128,7 @@ def move_experts(
     Takes the memory of what arrives, and of what is sent of one tensor at a time.
 
     Args:
+        agreement: of the group's ranks.
         problem: what keeps this rank from taking part; raised here once the others know.
         timeout: seconds that each of the steps may take.
 
@@ -135,6 +137,7 @@ def move_experts(
         DualPipeError: a step failed, here or on another rank; nothing has changed.
     """
     arrivals = []
+    agreement.timeout = timeout if timeout > 0 else agreement.timeout
     if problem is None:
         try:
             whole, parts = (
@@ -146,10 +149,15 @@ def move_experts(
         except RuntimeError as error:  # out of memory
             problem = error
     with _reported(rank, timeout):
-        _agree_on_move(old, new, tensors, problem, rank, group, device, timeout)
+        mine = _Move(problem is None, (old, new), tuple(each.describe() for each in tensors))
+        moves = agreement.gather("come to move experts", mine)
+    if problem is not None:
+        raise problem
+    _check(moves, rank)
+    with _reported(rank, timeout):
         for tensor, transfer, arrived in arrivals:
             transfer.fetch(tensor, arrived, timeout)
-        _gather([1], group, device, timeout)
+        agreement.gather("receive its experts", None)
     for tensor, transfer, arrived in arrivals:
         transfer.deliver(arrived, tensor)
 
@@ -182,52 +190,41 @@ def plan_moves(old: ExpertPlacement, new: ExpertPlacement) -> tuple[Moves, Moves
     return whole, parts
 
 
-def _agree_on_move(old, new, tensors, problem, rank, group, device, timeout) -> None:
+@dataclass(frozen=True)
+class _Move:
+    """What a rank is about to do."""
+
+    is_able: bool
+    placements: tuple[ExpertPlacement, ExpertPlacement]
+    tensors: tuple[str, ...]
+
+
+def _check(moves: list[_Move], rank: int) -> None:
     """All ranks want the same move of the same tensors, or all raise."""
-    mine = [
-        int(problem is None),
-        _digest(f"{old} {new}"),
-        _digest("\n".join(each.describe() for each in tensors)),
-    ]
-    everyone = _gather(mine, group, device, timeout)
-    if problem is not None:
-        raise problem
-    for other, (able, placements, listed) in enumerate(everyone):
-        if not able:
+    for other, move in enumerate(moves):
+        if not move.is_able:
             raise DualPipeError(
                 f"rank {other} cannot take part in this move of experts, and nothing has changed: "
                 "see its error"
             )
-        if placements != everyone[0][1]:
+        if move.placements != moves[0].placements:
             raise ValueError(
                 f"rank {other} was given another placement than rank 0, or had another before: "
                 "give every rank the same, computed from loads added up over all ranks"
             )
-        if listed != everyone[0][2]:
+        if move.tensors != moves[0].tensors:
             raise ValueError(
                 f"rank {other} has other tensors to move than rank 0 (here, on rank {rank}: "
-                f"{'; '.join(each.describe() for each in tensors)}): set gradients, main_grad and "
-                "optimizer state on all ranks or on none"
+                f"{'; '.join(moves[rank].tensors)}): set gradients, main_grad and optimizer state on all ranks "
+                "or on none"
             )
-
-
-def _gather(
-    numbers: list[int], group: dist.ProcessGroup | None, device: torch.device, timeout: float
-) -> list[list[int]]:
-    """Everybody's numbers, on the host: nobody has them before all have taken part."""
-    if group is None or dist.get_world_size(group) == 1:
-        return [numbers]
-    mine = torch.tensor(numbers, dtype=torch.int64).to(device)
-    everyone = mine.new_empty(dist.get_world_size(group), len(numbers))
-    wait(dist.all_gather(list(everyone.unbind()), mine, group=group, async_op=True), timeout)
-    return everyone.tolist()
 
 
 @contextmanager
 def _reported(rank: int, timeout: float):
     try:
         yield
-    except (DualPipeError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise DualPipeError(
@@ -235,7 +232,3 @@ def _reported(rank: int, timeout: float):
             f"died, failed, or took longer than {timeout:g} s; look at the logs of the others, and "
             "start again from a checkpoint"
         ) from error
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)

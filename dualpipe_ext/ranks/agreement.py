@@ -1,4 +1,4 @@
-"""What the ranks of a pipeline tell each other beside the tensors: arguments, shapes, failures.
+"""What ranks tell each other beside the tensors: arguments, shapes, failures.
 
 It goes through the key-value store of the process group, from host to host: no collective that
 could hang behind a rank that is not there, no wait for a device, and every wait has a limit.
@@ -22,10 +22,10 @@ POLL = 0.0005  # seconds between two looks; a look at a TCP store takes 0.05 to 
 
 
 class Agreement:
-    """One pipeline's corner of its group's store. With `group` None there is one rank.
+    """A corner of a group's store, for one pipeline, exchange or layer. `group` None is one rank.
 
     All ranks make the same calls of `gather` in the same order; a key published once is there for
-    everybody from then on.
+    all ranks from then on.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout: float) -> None:
@@ -36,12 +36,12 @@ class Agreement:
         self._store = None
         if self.world_size > 1:
             store = _group_store(group)
-            # All ranks open the pipelines of a group in one order: the count names this one.
+            # All ranks of a group open these in one order: the count names this one.
             opened = store.add(f"dualpipe_ext/opened/{self.rank}", 1)
             self._store = dist.PrefixStore(f"dualpipe_ext/{opened}", store)
 
     def gather(self, what: str, value: object, *, wait: bool = True) -> list:
-        """Everybody's `value`, by rank. `what` says in an error what the missing ranks lack.
+        """Every rank's `value`, by rank. `what` says in an error what the missing ranks lack.
 
         Without `wait` it only leaves word for the others.
 
@@ -61,7 +61,7 @@ class Agreement:
             if time.monotonic() > deadline:
                 ranks = [keys.index(key) for key in missing]
                 raise DualPipeError(
-                    f"ranks {ranks} of the pipeline did not {what} within {self.timeout:g} s: they "
+                    f"ranks {ranks} of the group did not {what} within {self.timeout:g} s: they "
                     "died, hang or called something else; see their logs, or raise `timeout`"
                 )
             time.sleep(POLL)

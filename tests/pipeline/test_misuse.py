@@ -147,7 +147,7 @@ def miss_a_step(rank, _):
 
 def test_words_of_a_step_that_broke_off_are_not_taken_for_the_next(gloo_workers_2):
     (first, again), (late, last) = gloo_workers_2.run(miss_a_step, timeout=60)
-    assert "ranks [1] of the pipeline did not begin the step within 4 s" in first[0]
+    assert "ranks [1] of the group did not begin the step within 4 s" in first[0]
     assert "a step before broke off" in again[0] and again[1] < PATIENCE
     assert late[0].startswith("DualPipeError") and late[1] < PATIENCE + SLACK
     assert "a step before broke off" in last[0]

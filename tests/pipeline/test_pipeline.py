@@ -438,4 +438,4 @@ def test_disagreeing_ranks(gloo_workers_2):
         for found in gloo_workers_2.run(disagree, what, timeout=60):
             assert text in found
     found = gloo_workers_2.run(disagree, "absent", timeout=60)
-    assert "ranks [1] of the pipeline did not begin the step within 4 s" in found[0]
+    assert "ranks [1] of the group did not begin the step within 4 s" in found[0]

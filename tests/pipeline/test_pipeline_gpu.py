@@ -260,7 +260,7 @@ def test_dead_rank(tmp_path):
     with WorkerPool(2, "nccl") as pool, pytest.raises(WorkerDiedError):
         pool.run(survive, file, timeout=60)
     text, seconds = pickle.loads(file.read_bytes())
-    assert "ranks [1] of the pipeline did not finish the step" in text or "for rank 1" in text
+    assert "ranks [1] of the group did not finish the step" in text or "for rank 1" in text
     assert seconds < 2 * 1.5 + 1
 
 
