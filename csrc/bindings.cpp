@@ -126,6 +126,24 @@ void move_item(const Link& link, uint64_t expected, const std::vector<Copy>& cop
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "SM-partitioned all-to-all kernels of dualpipe_ext; pointers and sizes as integers.";
+  m.attr("MAX_RANKS") = kMaxRanks;
+  m.attr("MAX_TOPK") = kMaxTopk;
+  m.attr("MAX_LOCAL_EXPERTS") = kMaxLocalExperts;
+  m.attr("ROW_ALIGNMENT") = kRowAlignment;
+  // In the order of the enums, in words.
+  m.attr("OPERATIONS") =
+      py::make_tuple(py::make_tuple("plan", "forward"), py::make_tuple("dispatch", "forward"),
+                     py::make_tuple("dispatch", "backward"), py::make_tuple("combine", "forward"),
+                     py::make_tuple("combine", "backward"));
+  static_assert(kPlan == 0 && kDispatchForward == 1 && kDispatchBackward == 2 &&
+                kCombineForward == 3 && kCombineBackward == 4 && kOperations == 5);
+  py::dict phases;
+  phases[py::int_(static_cast<int>(kBuffersFree))] = "waiting for it to finish the call before";
+  phases[py::int_(static_cast<int>(kDataReady))] = "waiting for its data";
+  phases[py::int_(static_cast<int>(kArrived))] = "waiting for it to begin the call";
+  m.attr("PHASES") = phases;
+  m.attr("FAULT_ROWS_NEEDED") = offsetof(Fault, rows_needed) / sizeof(int64_t);
+  m.attr("FAULT_BAD_INDEX") = offsetof(Fault, bad_index) / sizeof(int64_t);
   m.attr("HEADER_WORDS") = static_cast<int>(PlanLayout::kHeader);
   m.attr("FAULT_WORDS") = sizeof(Fault) / sizeof(int64_t);
   m.attr("LINK_FAULT_WORDS") = sizeof(LinkFault) / sizeof(int64_t);

@@ -1,0 +1,4 @@
+"""Placing experts: EPLB greedy and improved, search, measures, load, report.
+
+May import: nothing outside of this room.
+"""

@@ -17,28 +17,13 @@ from .. import _C
 from ..compat import current_raw_stream
 from ..errors import PeerTimeoutError, RowsOverflowError
 from ..ops.operator import device_facts
-from ..ranks.backend import MAX_RANKS
 from ..ranks.peer_memory import PeerMemory
 from .plan import Plan, RoutingLayout, bad_index_error
 
 __all__ = ["CHANNEL_INDEX", "NvlinkBackend", "NvlinkPlan", "address", "aligned"]
 
 CHANNEL_INDEX = {"forward": 0, "backward": 1}
-# Operation and phase numbers of csrc/exchange.h, in words: (what, channel) and what was awaited.
-_OPERATIONS = (
-    ("plan", "forward"),
-    ("dispatch", "forward"),
-    ("dispatch", "backward"),
-    ("combine", "forward"),
-    ("combine", "backward"),
-)
-_PHASES = {
-    1: "waiting for it to finish the call before",
-    2: "waiting for its data",
-    3: "waiting for it to begin the call",
-}
 PLAN_SMS = 16  # for tens of µs, where copy engines do the rest
-_ROWS_NEEDED, _BAD_INDEX = 6, 7  # words of the fault report
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +60,7 @@ class NvlinkPlan(Plan):
         if self.header is None:
             return [self.layout.max_tokens] * self.layout.world_size
         self.header_ready.synchronize()
-        first = 6 + (MAX_RANKS if combine else 0)
+        first = 6 + (_C.MAX_RANKS if combine else 0)
         return self.header[first : first + self.layout.world_size].tolist()
 
 
@@ -185,25 +170,25 @@ class NvlinkBackend:
     def check(self) -> None:
         """Raise what kernels reported: a lost peer, or what a plan under max_rows found."""
         self.check_peers()
-        rows, bad, *index = self._words[_ROWS_NEEDED:]
+        rows, bad, *index = self._words[_C.FAULT_ROWS_NEEDED :]
         if rows:
-            self._words[_ROWS_NEEDED] = 0
+            self._words[_C.FAULT_ROWS_NEEDED] = 0
             raise RowsOverflowError(rank=self.layout.rank, needed=rows, max_rows=self.max_rows)
         if bad:
-            self._words[_BAD_INDEX] = 0
+            self._words[_C.FAULT_BAD_INDEX] = 0
             raise bad_index_error(*index, self.layout.num_experts)
 
     def check_peers(self) -> None:
         """Raise what a wait for a peer reported."""
         # In the middle of a layer nothing else is raised: the other ranks would be left waiting.
         if self._words[0]:
-            _, operation, phase, peer, expected, seen = self._words[:_ROWS_NEEDED]
-            what, channel = _OPERATIONS[operation]
+            _, operation, phase, peer, expected, seen = self._words[: _C.FAULT_ROWS_NEEDED]
+            what, channel = _C.OPERATIONS[operation]
             raise PeerTimeoutError(
                 rank=self.layout.rank,
                 peer=peer,
                 channel=channel,
-                phase=f"{what}, {_PHASES[phase]}",
+                phase=f"{what}, {_C.PHASES[phase]}",
                 expected=expected,
                 seen=seen,
                 timeout=self.timeout,

@@ -1,1 +1,4 @@
-"""Our stages and pairs under other people's pipeline runtimes; import the one you use."""
+"""Our stages and pairs under the pipeline runtimes of other libraries; import the one you use.
+
+May import: every other room.
+"""

@@ -215,8 +215,8 @@ def _check(moves: list[_Move], rank: int) -> None:
         if move.tensors != moves[0].tensors:
             raise ValueError(
                 f"rank {other} has other tensors to move than rank 0 (here, on rank {rank}: "
-                f"{'; '.join(moves[rank].tensors)}): set gradients, main_grad and optimizer state on all ranks "
-                "or on none"
+                f"{'; '.join(moves[rank].tensors)}): set gradients, main_grad and optimizer "
+                "state on all ranks or on none"
             )
 
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpipe_ext import Exchange, RowsOverflowError
-from dualpipe_ext.ranks.backend import choose_backend
+from dualpipe_ext import ROW_ALIGNMENT, Exchange, RowsOverflowError
+from dualpipe_ext.exchange.options import MAX_LOCAL_EXPERTS, MAX_TOPK
+from dualpipe_ext.ranks.backend import MAX_RANKS, choose_backend
 from tests.support.exchange_cases import (
     ROUTINGS,
     Case,
@@ -196,3 +197,13 @@ def _exchange_after_others(rank, group):
 def test_uneven_rendezvous_are_refused_everywhere(gloo_workers_4):
     for message in gloo_workers_4.run(_exchange_after_others):
         assert "opened [0, 1, 0, 0] NVLink exchanges" in message
+
+
+def test_limits_are_those_of_the_kernels():
+    """Checked before the extension is loaded, and without one."""
+    kernels = pytest.importorskip("dualpipe_ext._C")
+    assert kernels.MAX_RANKS == MAX_RANKS
+    assert (kernels.MAX_TOPK, kernels.MAX_LOCAL_EXPERTS) == (MAX_TOPK, MAX_LOCAL_EXPERTS)
+    assert kernels.ROW_ALIGNMENT == ROW_ALIGNMENT
+    assert kernels.FAULT_ROWS_NEEDED == 6 and kernels.FAULT_BAD_INDEX == 7
+    assert len(kernels.OPERATIONS) == 5 and sorted(kernels.PHASES) == [1, 2, 3]

@@ -1,0 +1,2 @@
+"""What every kernel needs: cached launches, TMA descriptors, shared memory, names that move between
+releases of Triton, SMs shared with communication."""

@@ -1,0 +1,1 @@
+"""The router: logits, choice of experts, and their gradients."""
