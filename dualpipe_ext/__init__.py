@@ -125,7 +125,7 @@ class _Package(ModuleType):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: object) -> None:
-        # Importing grouped_mlp.py would put the module in the place of its function.
+        # Importing a module of that name would put it in the place of its function.
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kSumWarps * 32, 1)
   if (threadIdx.x == 0) finish_operation(ex, operation, epoch, gridDim.x);
 }
 
-// Before this rank writes its outbox, everybody must have pulled the last sums.
+// Before this rank writes its outbox, all ranks must have pulled the last sums.
 __global__ void wait_outbox(const __grid_constant__ Exchange ex, int operation) {
   wait_all_done(ex, operation, current_epoch(ex, operation));
 }

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kRingMaxWarps * 32, 1)
   }
 }
 
-// Before this rank overwrites its tokens in peer memory, everybody must have pulled the last ones.
+// Before this rank overwrites its tokens in peer memory, all ranks must have pulled the last ones.
 __global__ void wait_until_free(const __grid_constant__ Exchange ex, int operation) {
   wait_all_done(ex, operation, current_epoch(ex, operation));
 }

@@ -1,5 +1,5 @@
 // Dispatch of unique rows: every rank pushes its tokens into the inboxes of the ranks they go to,
-// where the expansion into expert order is somebody else's work. Or it packs them for the copy
+// where compute kernels expand them into expert order. Or it packs them for the copy
 // engines.
 //
 // A row is read once, where it lies, and stored from shared memory to every rank: 8 SMs fill the

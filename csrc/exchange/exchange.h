@@ -236,7 +236,7 @@ void launch_combine(const Exchange& ex, const CombineArgs& args);
 void launch_push(const Exchange& ex, const PushArgs& args);
 void launch_pull(const Exchange& ex, const PullArgs& args);
 void launch_copy(const Exchange& ex, const CopyArgs& args);
-// Before this rank writes its outbox: until everybody has pulled what it held.
+// Before this rank writes its outbox: until all ranks have pulled what it held.
 void launch_wait_outbox(const Exchange& ex, int channel, void* stream);
 // What the link gives: `rows` rows of `x` [tokens][H] to the inbox of each other rank, no signals.
 void launch_push_ceiling(const Exchange& ex, const void* x, int tokens, int rows, int sms,

@@ -1,4 +1,4 @@
-// The plan: from everybody's routing to a row for each (source rank, token, k), deterministically.
+// The plan: from all ranks' routing to a row for each (source rank, token, k), deterministically.
 //
 // Rows are ordered by (expert, source rank, token, k). Two launches, no grid-wide barrier:
 //   gather_and_count  every rank pushes its routing to all, then counts each chunk of 128 tokens
@@ -211,7 +211,7 @@ __device__ void write_summary(const Exchange& ex, const Plan& plan, volatile int
         header[3] = entry / ex.topk;
         header[4] = entry % ex.topk;
         header[5] = value;
-        if (ex.max_rows > 0) {  // nobody reads the header then
+        if (ex.max_rows > 0) {  // then the header is not read
           fault->bad_rank = source;
           fault->bad_token = entry / ex.topk;
           fault->bad_k = entry % ex.topk;

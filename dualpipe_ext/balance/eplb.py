@@ -176,7 +176,7 @@ def bound_heaviest(
     """[L] float64: see `measure_placement`."""
     load = load_LE.double()
     gpus = num_gpus // num_nodes
-    # With more slots a GPU than experts the surplus holds copies that relieve nobody.
+    # With more slots a GPU than experts the surplus holds copies that relieve no GPU.
     useful_slots = min(num_slots, gpus * load.shape[1])
     _, _, count = choose_copies(load_LE, useful_slots, max_copies=gpus)
     per_copy = (load / count).amax(-1)

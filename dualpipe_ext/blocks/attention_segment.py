@@ -29,11 +29,11 @@ PARTS = (nn.RMSNorm, DelayedLinear, DelayedLinear, nn.RMSNorm, Router)
 
 
 def fits(block: nn.Module, x: Tensor) -> bool:
-    """Whether nobody would see a difference to `block.attend_and_route(x)` under autograd.
+    """Whether it does all that `block.attend_and_route(x)` does under autograd.
 
     All modules are ours and as we made them (a parametrization, or FSDP around one of them, changes
-    its class), no hook runs in them, all parameters are plain and want a gradient; nobody traces,
-    and no saved tensor goes elsewhere.
+    its class), no hook runs in them, all parameters are plain and want a gradient; nothing
+    traces, and no saved tensor goes elsewhere.
     """
     attention, moe = block.attention, block.feed_forward
     if type(attention) is not GroupedQueryAttention or type(moe) is not MoELayer:

@@ -104,7 +104,7 @@ class OverlappedPair:
                 b, "end", backward.begin_backward, backward.end_backward_weight, gradients
             )
             x = run("compute", f, "begin", forward.begin_forward)
-            before = None  # the forward's block whose output nobody has asked for yet
+            before = None  # the forward's block whose output is not computed yet
             layers = zip_longest(forward.blocks, reversed(backward.blocks))
             for i, (block_f, block_b) in enumerate(layers):
                 f.layer, b.layer = i, len(backward.blocks) - 1 - i
@@ -281,7 +281,7 @@ class _Lanes:
     def run(self, lane: str, track: _Track | None, name: str, function: Callable, *args):
         """Queue `function(*args)` as the next segment of `track`; returns what it returns.
 
-        Track None: nobody waits for it, and its inputs are of its own lane.
+        Track None: no segment waits for it, and its inputs are of its own lane.
         """
         label = name if track is None else f"{name} {track.mark} layer {track.layer}"
         with named_range(f"{lane}: {label}"):

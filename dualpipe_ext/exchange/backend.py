@@ -51,7 +51,7 @@ class Arrival(ABC):
 
 @dataclass(frozen=True, eq=False)
 class ExpertRows(Arrival):
-    """Rows in expert order, which nobody else writes to.
+    """Rows in expert order, in memory of their own.
 
     Attributes:
         rows: [R, H], or [max_rows, H].

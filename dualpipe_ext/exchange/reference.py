@@ -148,7 +148,7 @@ class ReferenceBackend:
         channel: str,
         payload: str | None,
     ) -> UniqueRows:
-        """NaN stands where no token has arrived, so that whoever reads there shows it."""
+        """NaN stands where no token has arrived, so that a read there shows in the results."""
         scales = None
         if payload == "fp8":
             q, scales = quantize_rows(x)
@@ -234,7 +234,7 @@ class ReferenceBackend:
         """Nothing to free: the process group belongs to the caller."""
 
     def _gather_routing(self, topk_idx: torch.Tensor) -> torch.Tensor:
-        """Everybody's routing, [P, max_tokens, K] int64, −1 where a rank has no such token."""
+        """All ranks' routing, [P, max_tokens, K] int64, −1 where a rank has no such token."""
         layout = self.layout
         padded = topk_idx.new_full((layout.max_tokens, layout.topk), -1, dtype=torch.int64)
         padded[: len(topk_idx)] = topk_idx
@@ -252,7 +252,7 @@ class ReferenceBackend:
             raise bad_index_error(rank, token, k, int(idx_PTK[rank, token, k]), num_experts)
 
     def _check_rows(self, needed: list[int]) -> None:
-        """Every rank knows everybody's rows, so all raise and stay in step."""
+        """Every rank knows all ranks' rows, so all raise and stay in step."""
         for rank, rows in enumerate(needed):
             if self.max_rows is not None and rows > self.max_rows:
                 raise RowsOverflowError(rank=rank, needed=rows, max_rows=self.max_rows)

@@ -31,7 +31,7 @@ class PlacedExperts(nn.Module):
     Outside, in state dicts, experts are in their logical order whatever the placement: rank r saves
     and loads the experts [r·L, (r+1)·L), each once. Where some live elsewhere that makes
     ``state_dict`` and ``load_state_dict`` collective: every rank of the group calls them. (Loading
-    also takes the weights of all E experts, and then needs nobody else.)
+    also takes the weights of all E experts, and then no other rank.)
 
     Parameters ``w13`` [S, 2I, H] and ``w2`` [S, H, I]; in state dicts L of them.
     """

@@ -1,6 +1,6 @@
 """Move experts between ranks: weights, gradients and optimizer state, all of it or nothing.
 
-Slots, experts and placements: see placement.py. A move has three parts: agree on it, bring
+Slots, experts and placements: see balance/placement.py. A move has three parts: agree on it, bring
 everything that moves into fresh memory, agree that all of it has arrived. Only then is anything
 written, in place, so that parameters stay the objects that optimizers know. What fails before the
 last agreement (a rank that died, memory that ran out, a peer that is too slow) leaves everything
@@ -91,7 +91,7 @@ def is_by_expert(value: object, parameter: Tensor, num_rows: int | None = None) 
     """Whether an optimizer's state has a row for each of the parameter's experts, or is a number.
 
     Raises:
-        ValueError: it is something else, which nobody can cut into experts.
+        ValueError: it is something else, which cannot be cut into experts.
     """
     if value is None or isinstance(value, bool | int | float):
         return False

@@ -6,14 +6,14 @@ dtypes beforehand. Four kinds of links:
 
     group         without a GPU: the process group, usually gloo's
     host          GPUs, in a step that learns the shapes: through host memory, by Gloo
-    copy engines  GPUs of one host, from then on: `pipeline_peer_links.py`
+    copy engines  GPUs of one host, from then on: `peer_links.py`
     nccl          other GPUs, from then on
 
 Of each, `ahead` says how many actions before its use a receive is posted, and `kept` how many sent
 items a target may have under way before computing waits for the oldest, to free it; None: any.
 
 CUDA loads a kernel at its first launch and may wait, for that, until running kernels end. If one
-of these waits for a rank that needs our next kernel, nobody goes on: a process that began with a
+of these waits for a rank that needs our next kernel, no rank goes on: a process that began with a
 step of dualpipe over NCCL hung on two GPUs. Through the host no kernel waits for a rank, so the
 step in which everything is new uses that.
 """
@@ -257,13 +257,13 @@ class Links:
         """What keeps the ranks from peer memory; the same answer on all."""
         name, reason = choose_backend("auto", self._device, self._agreement.world_size)
         mine = (None if name == "nvlink" else reason, host_identity(), PeerMemory.rendezvous)
-        everybody = self._agreement.gather("open links between GPUs", mine)
-        for rank, (text, *_) in enumerate(everybody):
+        records = self._agreement.gather("open links between GPUs", mine)
+        for rank, (text, *_) in enumerate(records):
             if text is not None:
                 return f"rank {rank}: {text}"
-        if any(host != mine[1] for _, host, _ in everybody):
+        if any(host != mine[1] for _, host, _ in records):
             return "the pipeline spans several hosts"
-        counts = [count for *_, count in everybody]
+        counts = [count for *_, count in records]
         if min(counts) != max(counts):  # torch would hang, see PeerMemory
             return f"the ranks have opened {counts} peer memories so far, not equally many"
         return None

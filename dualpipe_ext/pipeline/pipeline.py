@@ -1,7 +1,7 @@
 """Runs a schedule: a model in stages over the ranks of a group, micro-batch by micro-batch.
 
 See `schedule.py` for the kinds, their stages per rank and the least number of chunks, `simulate.py`
-for the time they take, `overlap.py` for what happens inside an overlapped pair.
+for the time they take, `blocks/pair.py` for what happens inside an overlapped pair.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Pipeline:
     and forward one after the other, its backward split as far as it is built of `DelayedLinear`
     (else I does all and W nothing). A class with DeepSeek's `overlapped_forward_backward` has that
     called for pairs. Modules may be wrapped in DistributedDataParallel or FSDP2's `fully_shard`:
-    gradients are reduced once, after the step's last weight gradient (`data_parallel.py`).
+    gradients are reduced once, after the step's last weight gradient (`gradients/data_parallel.py`).
 
     Gradients are sums over the chunks: a criterion that means the mean divides by their number. In
     dualpipe each stage lives on two ranks; their gradients are summed at the end of `step`.
@@ -97,7 +97,7 @@ class Pipeline:
             have an option of their own.
 
     Attributes:
-        links: what tensors travel in, see `pipeline_links.py`: `links.current.name` of the latest
+        links: what tensors travel in, see `links.py`: `links.current.name` of the latest
             step and `links.reason`. On GPUs a step whose inputs have shapes that none had before
             goes through the host, which is slow: use few shapes.
 
@@ -138,7 +138,7 @@ class Pipeline:
             weight_delay=weight_delay,
         )
         self._schedule: Schedule | None = None
-        # Of everybody's inputs, in the step before; the edges that belong to them (`Transfers`);
+        # Of all ranks' inputs, in the step before; the edges that belong to them (`Transfers`);
         # what all ranks receive with them (`Links.choose`), None while that is learnt.
         self._signatures: tuple | None = None
         self._edges: dict = {}
@@ -274,10 +274,10 @@ class Pipeline:
         except ValueError as error:
             problem = error
         mine = (self.kind, self.weight_delay, None if problem is None else str(problem))
-        everybody = self._agreement.gather("open the pipeline", mine)
+        records = self._agreement.gather("open the pipeline", mine)
         if problem is not None:
             raise problem
-        for rank, (kind, weight_delay, text) in enumerate(everybody):
+        for rank, (kind, weight_delay, text) in enumerate(records):
             if text is not None:
                 raise ValueError(f"rank {rank}: {text}")
             if (kind, weight_delay) != mine[:2]:
@@ -320,13 +320,13 @@ class Pipeline:
             self._agreement.gather("begin the step", mine, wait=False)
             raise problem
         try:
-            everybody = self._agreement.gather("begin the step", mine)
+            records = self._agreement.gather("begin the step", mine)
         except DualPipeError as error:  # from here on ranks would take each other's old words
             self.failure.end(str(error))
             raise
         if problem is not None:
             raise problem
-        for rank, theirs in enumerate(everybody):
+        for rank, theirs in enumerate(records):
             if theirs.broken:
                 self.failure.end(theirs.problem)
                 raise DualPipeError(f"rank {rank} of the pipeline failed: {theirs.problem}")
@@ -338,7 +338,7 @@ class Pipeline:
                     "pass the same on every rank, and use torch.no_grad() on all or none"
                 )
         try:
-            self._recall(tuple(theirs.signature for theirs in everybody))
+            self._recall(tuple(theirs.signature for theirs in records))
         except Exception as error:  # the others go on, and wait up to the limit
             self.failure.end(f"{type(error).__name__}: {error}")
             raise
@@ -356,15 +356,15 @@ class Pipeline:
             self._agreement.gather(what, (text, cause, True), wait=False)
             raise error
         try:
-            everybody = self._agreement.gather(what, (text, cause, False))
+            records = self._agreement.gather(what, (text, cause, False))
         except DualPipeError as missing:
             failure.end(str(missing))
             raise (error or missing) from missing
         transfers.forget()
-        for rank, (found, _, broken) in enumerate(everybody):
+        for rank, (found, _, broken) in enumerate(records):
             if broken:  # it will not come to the next step
                 failure.end(f"rank {rank} failed: {found}")
-        failed = [(cause, rank) for rank, (found, cause, _) in enumerate(everybody) if found]
+        failed = [(cause, rank) for rank, (found, cause, _) in enumerate(records) if found]
         if not failed:
             self._learnt[self._signatures] = self._edges
             return
@@ -373,7 +373,7 @@ class Pipeline:
         if error is not None and cause == Cause.HERE:
             raise error
         _, rank = min(failed)  # causes come before what they led to
-        raise DualPipeError(f"rank {rank} of the pipeline failed: {everybody[rank][0]}") from error
+        raise DualPipeError(f"rank {rank} of the pipeline failed: {records[rank][0]}") from error
 
     def _recall(self, signatures: tuple) -> None:
         """Choose edges and links for a step with these inputs; alike on all ranks."""

@@ -2,7 +2,7 @@
 
 Between two ranks tensors travel in each way in one order, that in which the source makes them,
 gradient before activation where one pair makes both. What they travel in says how many actions
-ahead of its use a receive is posted (`pipeline_links.py`); sends keep their tensors until they have
+ahead of its use a receive is posted (`links.py`); sends keep their tensors until they have
 left.
 """
 
@@ -130,7 +130,7 @@ class Transfers:
     def send(
         self, tensor: str, stage: int, chunk: int, direction: int, tensors: Sequence | None
     ) -> None:
-        """Send what `stage` made. None after a failure: zeros, so that nobody waits in vain.
+        """Send what `stage` made. None after a failure: zeros, so that no rank waits in vain.
 
         Raises:
             ValueError: an output has another shape or dtype than in the chunks before, a gradient
@@ -153,7 +153,7 @@ class Transfers:
         del self._outgoing[_key(transfer)]
 
     def drop(self, tensor: str, stage: int, chunk: int, direction: int) -> None:
-        """After a failure: let the tensors come in and forget them, so that nobody waits."""
+        """After a failure: let the tensors come in and forget them, so that no rank waits."""
         key = (tensor, stage, chunk, direction)
         queued = (_key(transfer) for queue in self._queues.values() for transfer in queue)
         if not self._failure.links_broken and (key in self._posted or key in queued):

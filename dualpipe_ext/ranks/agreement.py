@@ -66,7 +66,7 @@ class Agreement:
                 )
             time.sleep(POLL)
         found = [self._get(key) for key in keys]
-        if self._gathers > 1:  # everybody is past the gather before, having come to this one
+        if self._gathers > 1:  # all ranks are past the one before, having come to this one
             with suppress(Exception):
                 self._store.delete_key(f"gather/{self._gathers - 1}/{self.rank}")
         return found

@@ -48,7 +48,7 @@ class PeerMemory:
         self.pointers = [pointer + inside for pointer in self._handle.buffer_ptrs]
         self._buffer.zero_()
         torch.cuda.synchronize(device)
-        dist.barrier(group)  # nobody may signal into memory that its owner still clears
+        dist.barrier(group)  # no rank may signal into memory that its owner still clears
 
     def part(self, first: int, count: int) -> torch.Tensor:
         """[count] uint8, this rank's own bytes from `first` on."""

@@ -25,7 +25,7 @@ class RowTransfer:
     its row 0; rank 1 gets the sum of rank 0's row 1 and its own row 0 into row 0, zeros into row 1.
 
     Every rank makes it from the same ``wanted`` and uses it for the same tensors in the same order.
-    Where nobody wants a row of another rank, nothing is communicated.
+    Where no rank wants a row of another, nothing is communicated.
 
     Args:
         wanted: [P] row of the result → numbers of rows.

@@ -15,7 +15,7 @@ _NOTHING = nullcontext()
 
 
 def named_range(name: str) -> AbstractContextManager:
-    """torch.profiler.record_function while somebody profiles, else nothing, for 6 us less."""
+    """torch.profiler.record_function while a profiler runs, else nothing, for 6 us less."""
     if torch.compiler.is_compiling() or not is_profiling():
         return _NOTHING
     return record_function(name)

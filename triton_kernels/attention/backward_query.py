@@ -258,7 +258,7 @@ def compute_tiles(
                 whole - 1 - step, row, q_rows, k_rows, lse, delta, dq, dq_rest, smem, rest_smem,
                 barriers, count, scale, W, False, CAUSAL, REST, STAGES,
             )  # fmt: skip
-        # Through this warpgroup's own queries, which nobody reads any more.
+        # Through this warpgroup's own queries, which are not read any more.
         b = receive(facts_smem, 0, 1, FACTS)
         h = receive(facts_smem, 0, 2, FACTS)
         q_start = receive(facts_smem, 0, 4, FACTS)

@@ -326,7 +326,7 @@ def compute_tiles(
         if VARLEN:
             first = h * q_length + q_start
         gl.store(lse_ptr + first + i, gl.where(seen, lse, float("-inf")), mask=i < q_rows)
-        # Through this warpgroup's own queries, which nobody reads any more.
+        # Through this warpgroup's own queries, which are not read any more.
         q.store(out.to(dtype))
         fence_async_shared()
         barrier()

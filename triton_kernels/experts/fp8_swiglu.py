@@ -2,10 +2,10 @@
 
 forward   act = silu(gate) * up * row_weight, as e4m3 only
 backward  d_gate and d_up in bf16, for the weights' gradient, and as e4m3, for the inputs';
-          d_row_weight; and act in bf16, for the gradient of w2: made here, so that nobody keeps it
+          d_row_weight; and act in bf16, for the gradient of w2: made here, so that it is not kept
           between forward and backward
 
-The formulas are in grouped_swiglu.py. A row's 128 columns share a scale (quantize.py), of fp32
+The formulas are in swiglu.py. A row's 128 columns share a scale (quantize.py), of fp32
 values: nothing is rounded to bf16 first. Bytes a number of act: forward 4 read, 1 written; backward
 6 read, 8 written. At 4 TB/s an SM has 36 issue slots a thread and number in the forward and 100 in
 the backward, and needs about 25 and 45.

@@ -7,7 +7,7 @@ A tile of 128 rows and 256 columns passes through three kinds of warps, each on 
     two warpgroups   multiply, 64 rows each; their fp32 sums leave as two-byte numbers for 64 KiB of
                      shared memory, and the next tile begins
     the last         take them from there: `store_tiles` by TMA, or with SwiGLU or its backward
-                     (grouped_hopper_swiglu.py)
+                     (swiglu_hopper.py)
 
 so that tensor cores wait for the copy to shared memory alone, some 600 of the 33,000 clocks that
 K = 2048 takes, whatever the epilogue does meanwhile.

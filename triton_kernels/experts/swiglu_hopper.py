@@ -1,6 +1,6 @@
-"""grouped_swiglu.py's two GEMMs on Hopper, with SwiGLU under the tensor cores' work.
+"""swiglu.py's two GEMMs on Hopper, with SwiGLU under the tensor cores' work.
 
-The formulas are in that file; the pipeline is grouped_hopper.py's. Two warps of their own take a
+The formulas are in that file; the pipeline is gemm_hopper.py's. Two warps of their own take a
 finished tile from shared memory in strips of 16 rows and 64 columns: gate and up, of which they
 make act; or d = dout @ w2, whose gate and up they load 16 rows ahead, in registers (16 KiB in
 flight), from L2, where the tile's have been asked for as a whole as soon as it was known.

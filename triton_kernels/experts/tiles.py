@@ -1,6 +1,6 @@
 """Which tile a program computes next, and the tile shapes of the grouped GEMMs in plain Triton.
 
-They run on GPUs other than Hopper, which has grouped_hopper.py's, and for two-byte weight
+They run on GPUs other than Hopper, which has gemm_hopper.py's, and for two-byte weight
 gradients.
 
 Letters: R rows in expert order, L local experts, H hidden, I expert width, M/N/K sides of a GEMM.

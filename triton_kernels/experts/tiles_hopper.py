@@ -20,7 +20,7 @@ GONE = gl.constexpr(0x3FFFFFFF)
 
 @gluon.jit
 def look_at_limit(limit_ptr):
-    """Asks, from one warp, how many programs may stay now (`claims`): [32] times that number.
+    """Asks, from one warp, how many programs may stay now (`sm_sharing`): [32] times that number.
 
     Nothing waits for it before it is used.
     """
@@ -39,7 +39,7 @@ def look_at_limit(limit_ptr):
 def gives_way(limit):
     """Whether this program leaves its SM to communication, after the tile that it has.
 
-    The first program never does, so that all tiles find somebody.
+    The first program never does, so that all tiles are computed.
     """
     return (limit > 0) & (gl.program_id(0) >= limit)
 

@@ -1,4 +1,4 @@
-"""Zeros on a GPU that stay for good, whoever wants them first. No Triton in it."""
+"""Zeros on a GPU that are never freed. No Triton in it."""
 
 from concurrent.futures import ThreadPoolExecutor
 
