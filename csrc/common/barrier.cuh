@@ -1,8 +1,8 @@
 // Waiting for other ranks: every wait is bounded, and reports who did not come.
 #pragma once
 
-#include "exchange/exchange.h"
 #include "common/ptx.cuh"
+#include "exchange/exchange.h"
 
 namespace dualpipe {
 

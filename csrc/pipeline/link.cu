@@ -4,8 +4,8 @@
 // kernels of one thread, because those of the driver (cuStreamWaitValue) are not bounded.
 #include <cuda_runtime.h>
 
-#include "exchange/exchange.h"
 #include "common/ptx.cuh"
+#include "exchange/exchange.h"
 
 namespace dualpipe {
 namespace {

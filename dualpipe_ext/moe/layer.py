@@ -99,8 +99,8 @@ class MoELayer(PlacedExperts, RoutedFeedForward):
         payload: None or "fp8", what the forward's dispatch sends: see Exchange.dispatch.
         num_sms: streaming multiprocessors that the expert GEMMs, the kernels that expand and sum
             unique rows, and a router named by a string, may take, None = all.
-        precision: of the experts' products, "bf16" (as the dtype is) or "fp8": see ops/grouped_fp8.py,
-            also for what to call after a weight was written through ``.data``.
+        precision: of the experts' products, "bf16" (as the dtype is) or "fp8": see
+            ops/grouped_fp8.py, also for what to call after a weight was written through ``.data``.
         router: ``"softmax"``, ``"sigmoid"``, or a module that maps x [T, H] to
             :class:`~dualpipe_ext.moe.router.Routes`, for example a ``Router(H, E, K,
             kind="sigmoid", n_groups=8, topk_groups=4, route_scale=2.5)``.

@@ -74,7 +74,8 @@ class Pipeline:
     and forward one after the other, its backward split as far as it is built of `DelayedLinear`
     (else I does all and W nothing). A class with DeepSeek's `overlapped_forward_backward` has that
     called for pairs. Modules may be wrapped in DistributedDataParallel or FSDP2's `fully_shard`:
-    gradients are reduced once, after the step's last weight gradient (`gradients/data_parallel.py`).
+    gradients are reduced once, after the step's last weight gradient
+    (`gradients/data_parallel.py`).
 
     Gradients are sums over the chunks: a criterion that means the mean divides by their number. In
     dualpipe each stage lives on two ranks; their gradients are summed at the end of `step`.
