@@ -118,19 +118,20 @@ class Load:
 def unique_variants(exchange: Exchange, load: Load) -> dict[str, Launch]:
     """What form "unique" can do, with as many SMs as the exchange is set to."""
     plan = exchange.plan(load.topk_idx)
-    exchange.sums(plan).normal_()
+    departure = exchange.leave(None, plan)
+    departure.sums.normal_()
     rows = exchange.dispatch(load.next_x(), plan)
     next_x = load.next_x
 
     def dispatch(payload: str | None = None) -> None:
-        exchange.dispatch_unique(next_x(), plan, payload=payload).release()
+        exchange.send(next_x(), plan, payload=payload).release()
 
     return {
         "ceiling": lambda: exchange._backend.push_ceiling(next_x(), load.rows_per_peer),
         "dispatch_unique": dispatch,
         "dispatch_unique_fp8": lambda: dispatch("fp8"),
         "dispatch_expanded": lambda: exchange.dispatch(next_x(), plan),
-        "combine_unique": lambda: exchange.combine_unique(plan),
+        "combine_unique": lambda: exchange.fetch(departure, plan),
         "combine_summed": lambda: exchange.combine(rows, plan),
     }
 

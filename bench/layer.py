@@ -79,7 +79,7 @@ class MicroBatches:
     def _set(self, comm_sms: int, num_sms: int) -> None:
         for layer, exchange in zip(self.layers, self.exchanges, strict=True):
             exchange.comm_sms = comm_sms
-            layer.num_sms = exchange.num_sms = num_sms
+            layer.num_sms = num_sms
 
     def close(self) -> None:
         for exchange in self.exchanges:

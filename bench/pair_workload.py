@@ -14,12 +14,12 @@ import torch.distributed as dist
 from layer import SHAPES as LAYER_SHAPES
 from ranks import Stamp, in_another_order, line_up, local_device, slowest, time_in_turn
 
-from dualpipe_ext import Exchange, MoELayer
+from dualpipe_ext import Exchange, MoELayer, Plan
 from dualpipe_ext.blocks.attention import GroupedQueryAttention
 from dualpipe_ext.blocks.block import TransformerBlock
 from dualpipe_ext.blocks.pair import OverlappedPair
 from dualpipe_ext.blocks.stage import WEIGHT_DELAYS, StageChunk, TransformerStage
-from dualpipe_ext.exchange.exchange import CHANNELS
+from dualpipe_ext.exchange.backend import Departure
 
 __all__ = [
     "FORMS",
@@ -68,12 +68,13 @@ class Replay:
 
     def __getattr__(self, name: str):
         found = getattr(self._exchange, name)
-        if name not in ("plan", "dispatch", "combine", "dispatch_unique", "combine_unique"):
+        if name not in ("plan", "send", "fetch"):
             return found
         return functools.partial(self._replay, name, found)
 
     def _replay(self, name: str, call: Callable, *args, **options):
-        key = (name, options.get("channel"))
+        departure = args[0] if name == "fetch" else None
+        key = (name, options.get("channel") if departure is None else departure.channel)
         if key not in self._kept:
             self._kept[key] = call(*args, **options)
         return self._kept[key]
@@ -84,13 +85,13 @@ class Form:
     """An exchange, what it sends when it runs alone, and micro-batches whose backward is next.
 
     `before` went through the exchange, `replayed` through `replays`, a stand-in a layer.
+    `departures`: what comes home in the backward and in the forward; rows are summed already.
     """
 
     exchange: Exchange
-    plan: object
-    rows: torch.Tensor
-    row_weight: torch.Tensor
+    plan: Plan
     topk_weight: torch.Tensor
+    departures: tuple[Departure, Departure]
     before: StageChunk
     replays: list[Replay]
     replayed: StageChunk
@@ -180,18 +181,11 @@ class Workload:
         exchange, plan, weight = used.exchange, used.plan, used.topk_weight
         x, dy = (tensor.flatten(0, 1) for tensor in (self.inputs[0], self.gradient))
         for _ in range(self.layers):
-            if form == "unique":  # its rows are expanded and summed on the compute lane
-                exchange.dispatch_unique(dy, plan, channel="backward").release()
-                exchange.plan(plan.topk_idx)
-                exchange.dispatch_unique(x, plan, topk_weight=weight).release()
-                exchange.combine_unique(plan, channel="backward")
-                exchange.combine_unique(plan)
-                continue
-            exchange.dispatch(dy, plan, channel="backward")
+            exchange.send(dy, plan, channel="backward").release()
             exchange.plan(plan.topk_idx)
-            exchange.dispatch(x, plan, topk_weight=weight)
-            exchange.combine(used.rows, plan, row_weight=used.row_weight, channel="backward")
-            exchange.combine(used.rows, plan)
+            exchange.send(x, plan, topk_weight=weight).release()
+            for departure in used.departures:
+                exchange.fetch(departure, plan)
 
     def check(self) -> None:
         """Raise what a kernel reported, and if the arithmetic has left the finite numbers."""
@@ -253,9 +247,16 @@ class Workload:
             weight = self._random(plan.num_tokens, exchange.topk).float().softmax(-1)
             x = self.inputs[0].flatten(0, 1)
             rows, row_weight = exchange.dispatch(x, plan, topk_weight=weight)
-            for channel in CHANNELS:  # fills what "unique" sends home
-                exchange.combine(rows, plan, channel=channel)
-        return Form(exchange, plan, rows, row_weight, weight, before, replays, replayed)
+            departures = (  # "unique" has its sums ready, and no scalars to send with them
+                exchange.leave(
+                    rows,
+                    plan,
+                    channel="backward",
+                    row_weight=None if exchange.form == "unique" else row_weight,
+                ),
+                exchange.leave(rows, plan),
+            )
+        return Form(exchange, plan, weight, departures, before, replays, replayed)
 
 
 class GraphWorkload(Workload):

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import weakref
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -458,7 +457,6 @@ def agree(rank, group, broken_rank, backend, form):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agreement, "choose_backend", lambda *arguments: ("nvlink", "pretended"))
         patch.setattr(agreement, "_check_device", lambda device: None)
-        patch.setattr(agreement, "_current", lambda device: nullcontext())
         obstacle = "kernel x: no" if rank == broken_rank else None
         patch.setattr(agreement, "triton_obstacle", lambda device: obstacle)
         try:
