@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,8 +96,8 @@ def agree_on_backend(
         ValueError, TypeError: an argument of some rank is wrong, or differs from rank 0's.
         KernelCompileError: backend="nvlink", and kernels do not compile on some rank.
     """
-    mine = {"options": options, "host": host_identity(), "rendezvous": PeerMemory.rendezvous}
-    mine |= {"error": None, "choice": None, "obstacle": None}
+    mine: dict[str, Any] = {"options": options, "host": host_identity()}
+    mine |= {"rendezvous": PeerMemory.rendezvous, "error": None, "choice": None, "obstacle": None}
     world_size = 1 if group is None else dist.get_world_size(group)
     try:
         options.check(world_size)
@@ -105,7 +106,7 @@ def agree_on_backend(
         mine["obstacle"] = _kernel_obstacle(options, mine["choice"][0], device)
     except (TypeError, ValueError, KernelCompileError) as error:
         mine["error"] = error
-    everyone = [mine]
+    everyone: list[Any] = [mine]
     if world_size > 1:
         everyone = [None] * world_size
         with _current(device):  # NCCL takes the current device
@@ -183,5 +184,5 @@ def _check_rendezvous(counts: list[int]) -> None:
         )
 
 
-def _current(device: torch.device) -> AbstractContextManager:
+def _current(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
