@@ -12,7 +12,7 @@ error at their next collective.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -182,7 +182,16 @@ def plan_moves(old: ExpertPlacement, new: ExpertPlacement) -> tuple[Moves, Moves
     return whole, parts
 
 
-def _agree_on_move(old, new, tensors, problem, rank, group, device, timeout) -> None:
+def _agree_on_move(
+    old: ExpertPlacement,
+    new: ExpertPlacement,
+    tensors: list[ExpertTensor],
+    problem: Exception | None,
+    rank: int,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    timeout: float,
+) -> None:
     """All ranks want the same move of the same tensors, or all raise."""
     mine = [
         int(problem is None),
@@ -224,7 +233,7 @@ def _gather(
 
 
 @contextmanager
-def _reported(rank: int, timeout: float):
+def _reported(rank: int, timeout: float) -> Iterator[None]:
     try:
         yield
     except (DualPipeError, torch.OutOfMemoryError):
