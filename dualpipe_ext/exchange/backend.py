@@ -67,7 +67,7 @@ class ExpertRows(Arrival[Any]):
     channel: str
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]  # no field
         return (self.rows,) if self.row_weight is None else (self.rows, self.row_weight)
 
     def release(self) -> None:
