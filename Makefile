@@ -14,7 +14,7 @@ asked := $(shell command -v $(PYTHON))
 alive := $(shell build/run python -c "" 2>/dev/null && cat build/asked)
 stale := $(if $(filter $(asked),$(alive)),,FORCE)
 
-.PHONY: extension help demo test test-newest lint format bench info clean distclean FORCE
+.PHONY: extension help demo test test-newest lint types format bench info clean distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ lint: build/linters ## ruff and clang-format, without changing files
 	$(RUN) ruff format --check .
 	$(RUN) clang-format --dry-run -Werror $(SOURCES)
 
+types: build/linters ## mypy, strict, over the package and tests/consumer.py, which uses it
+	$(RUN) python -m mypy
+
 format: build/linters ## let ruff and clang-format rewrite the files
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
@@ -53,7 +56,7 @@ info: extension ## versions, GPUs, what was built, which backend is chosen and w
 
 clean: ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info dualpipe_ext/_C*.so dualpipe_ext/_build.json
-	rm -rf .pytest_cache .ruff_cache .hypothesis
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 distclean: clean ## remove .venv, .venv-newest and .deps as well
 	rm -rf .venv .venv-newest .deps

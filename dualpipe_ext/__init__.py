@@ -8,7 +8,7 @@ program, `import dualpipe_ext.blocks.block`, which registers those of a block.
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .balance.eplb import measure_placement, rebalance_experts
@@ -110,7 +110,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 class _Package(ModuleType):
     """The package, whose public names are found when they are asked for."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         module = _MODULE_OF.get(name)
         if module is not None:
             value = getattr(import_module(f"{__name__}.{module}"), name)
@@ -129,7 +129,7 @@ class _Package(ModuleType):
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
-    def __dir__(self):
+    def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *__all__})
 
 

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 __all__ = ["read_build_record"]
 
 BUILD_RECORD = Path(__file__).with_name("_build.json")
 
 
-def read_build_record() -> dict:
+def read_build_record() -> dict[str, Any]:
     """What setup.py wrote when it built the CUDA extension of this copy of the package.
 
     Returns:
@@ -18,4 +19,5 @@ def read_build_record() -> dict:
     if not BUILD_RECORD.exists():
         reason = f"{BUILD_RECORD.parent} was never built: run `pip install .` or `make test` there."
         return {"built": False, "reason": reason}
-    return json.loads(BUILD_RECORD.read_text())
+    record: dict[str, Any] = json.loads(BUILD_RECORD.read_text())
+    return record

@@ -6,10 +6,13 @@ import shutil
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import TypeAlias
 
 from . import __version__
 
 __all__ = ["main"]
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 INFO_JSON = """\
 keys of --json:
@@ -49,10 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_balance(commands)
     _add_trace(commands)
     options = parser.parse_args(arguments)
-    return options.run(options)
+    status: int = options.run(options)
+    return status
 
 
-def _add_info(commands) -> None:
+def _add_info(commands: Commands) -> None:
     info = commands.add_parser(
         "info",
         help="versions, GPUs, what was built, which backend is chosen and why",
@@ -83,7 +87,7 @@ keys of --json:
 """
 
 
-def _add_schedule(commands) -> None:
+def _add_schedule(commands: Commands) -> None:
     schedule = commands.add_parser(
         "schedule",
         help="time, bubble, memory and drawing of a pipeline schedule",
@@ -134,7 +138,7 @@ def _run_schedule(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_balance(commands) -> None:
+def _add_balance(commands: Commands) -> None:
     balance = commands.add_parser(
         "balance",
         help="place and copy experts for given loads; load per GPU before and after",
@@ -199,7 +203,7 @@ keys of --json, times in microseconds:
 """
 
 
-def _add_trace(commands) -> None:
+def _add_trace(commands: Commands) -> None:
     trace = commands.add_parser(
         "trace",
         help="communication that a profiler trace hides behind computation",

@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -53,6 +55,8 @@ __all__ = [
     "write_value",
     "written_arguments",
 ]
+
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 # ---- Releases ----
@@ -95,7 +99,9 @@ TRITON = CheckedReleases("triton", (3, 6), (3, 8))
 
 def release_of(version: str) -> tuple[int, int]:
     """(3, 8) of "3.8.0", "3.8.0+git1234", "3.8a0" and "3.8"; (3, 0) of "3"."""
-    major, minor = re.match(r"(\d+)(?:\.(\d+))?", version).groups()
+    found = re.match(r"(\d+)(?:\.(\d+))?", version)
+    assert found is not None
+    major, minor = found.groups()
     return int(major), int(minor or 0)
 
 
@@ -106,7 +112,8 @@ def triton_version() -> str | None:
         import triton
     except ImportError:
         return None
-    return triton.__version__
+    version: str = triton.__version__
+    return version
 
 
 def warn_of_unchecked(releases: CheckedReleases, version: str, consequence: str = "") -> None:
@@ -148,9 +155,9 @@ def current_raw_stream(device_index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device_index)
 
 
-def constant_in_graphs(function: Callable) -> Callable:
+def constant_in_graphs(function: Function) -> Function:
     """torch.compiler.assume_constant_result, which would load torch._dynamo, for a second."""
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # dynamo looks for it
     return function
 
 
@@ -180,7 +187,7 @@ def call_post_accumulate_hooks(parameter: nn.Parameter) -> None:
         hook(parameter)
 
 
-def storage_key(tensor: torch.Tensor) -> tuple:
+def storage_key(tensor: torch.Tensor) -> tuple[int, int, int]:
     """Differs wherever two living tensors differ in storage, address or number of writes."""
     storage = tensor.untyped_storage()
     return storage._cdata, tensor.data_ptr(), tensor._version
@@ -194,20 +201,22 @@ def is_view(tensor: torch.Tensor) -> bool:
 # ---- Operators ----
 
 
-def written_arguments(operator) -> tuple[int, list[int]]:
+def written_arguments(operator: Any) -> tuple[int, list[int]]:
     """How many arguments an OpOverload has, and the places of those that it writes to."""
     arguments = operator._schema.arguments
     written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
     return len(arguments), written
 
 
-def call_below_autograd(operator, keyset, inputs: tuple):
+def call_below_autograd(
+    operator: Any, keyset: torch._C.DispatchKeySet, inputs: tuple[object, ...]
+) -> Any:
     """From an implementation for the key ADInplaceOrView: what `operator` does below that key."""
     with torch._C._AutoDispatchBelowADInplaceOrView():
         return operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *inputs)
 
 
-def raise_in_backward(message: str, count: int) -> Callable:
+def raise_in_backward(message: str, count: int) -> Callable[..., Any]:
     """A function of `count` tensors that gives them back, and raises when differentiated."""
     return torch._C._functions.DelayedError(message.encode(), count)
 
@@ -231,7 +240,7 @@ def average_ddp_gradients(ddp: DistributedDataParallel) -> None:
     torch.autograd.backward(parameters, zeros)
 
 
-def begin_fsdp_step(root) -> None:
+def begin_fsdp_step(root: Any) -> None:
     """Keeps an FSDP2 module's hooks from reducing, and its parameters from being sharded again."""
     root._get_fsdp_state()._lazy_init()  # a pipeline's segments do not call the root itself
     root.set_reshard_after_forward(False)
@@ -240,7 +249,7 @@ def begin_fsdp_step(root) -> None:
     root.set_is_last_backward(False)
 
 
-def end_fsdp_step(root) -> None:
+def end_fsdp_step(root: Any) -> None:
     """Reduces all gradients of an FSDP2 module and shards its parameters again."""
     root.set_is_last_backward(True)
     root.set_reshard_after_backward(True)
@@ -260,7 +269,7 @@ def default_store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
-def symmetric_memory():
+def symmetric_memory() -> ModuleType:
     """torch's module of that name; it loads CUDA."""
     import torch.distributed._symmetric_memory as module
 

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from .ranks.backend import choose_backend
 __all__ = ["describe_environment", "format_environment"]
 
 
-def describe_environment() -> dict:
+def describe_environment() -> dict[str, Any]:
     """Everything `dualpipe-ext info` shows, as plain data. Needs no GPU and raises nothing.
 
     Returns:
@@ -52,7 +53,7 @@ def describe_environment() -> dict:
     }
 
 
-def format_environment(found: dict) -> str:
+def format_environment(found: dict[str, Any]) -> str:
     """The result of describe_environment as lines for people."""
     torch_, driver, build, backend = (found[k] for k in ("torch", "driver", "build", "backend"))
     lines = [
@@ -73,7 +74,7 @@ def format_environment(found: dict) -> str:
     return "\n".join(f"{name:<13} {text}".rstrip() for name, text in lines)
 
 
-def _format_gpu(gpu: dict) -> str:
+def _format_gpu(gpu: dict[str, Any]) -> str:
     memory = gpu["memory_bytes"] / 2**30
     return f"{gpu['name']}, sm {gpu['capability']}, {gpu['sms']} SMs, {memory:.0f} GiB"
 
@@ -82,7 +83,7 @@ def _format_peers(row: list[bool]) -> str:
     return "reaches " + (", ".join(str(j) for j, reached in enumerate(row) if reached) or "none")
 
 
-def _format_build(build: dict) -> str:
+def _format_build(build: dict[str, Any]) -> str:
     if not build["built"]:
         return f"not built: {build['reason']}"
     text = f"built for {', '.join(build['archs'])} with nvcc {build['nvcc_version']}"
@@ -118,7 +119,7 @@ def _driver_cuda_version() -> str | None:
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
-def _describe_gpu(index: int) -> dict:
+def _describe_gpu(index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
     return {
         "index": index,
@@ -133,7 +134,7 @@ def _can_access(i: int, j: int) -> bool:
     return i == j or torch.cuda.can_device_access_peer(i, j)
 
 
-def _try_extension() -> dict:
+def _try_extension() -> dict[str, Any]:
     try:
         importlib.import_module("dualpipe_ext._C")
     except ImportError as error:
@@ -141,6 +142,6 @@ def _try_extension() -> dict:
     return {"importable": True, "error": None}
 
 
-def _choose_backend(world_size: int) -> dict:
+def _choose_backend(world_size: int) -> dict[str, Any]:
     name, reason = choose_backend("auto", torch.device("cuda"), world_size)
     return {"name": name, "reason": reason}

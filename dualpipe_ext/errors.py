@@ -1,5 +1,7 @@
 """Errors that only this package raises. Bad arguments raise ValueError, TypeError or IndexError."""
 
+from typing import Any
+
 __all__ = [
     "DualPipeError",
     "ExchangeClosedError",
@@ -53,7 +55,7 @@ class RowsOverflowError(DualPipeError):
         self.needed = needed
         self.max_rows = max_rows
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild_overflow, (dict(self.__dict__),)
 
 
@@ -91,14 +93,14 @@ class PeerTimeoutError(DualPipeError):
         self.seen = seen
         self.timeout = timeout
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle their positional arguments only, and workers send errors to a parent.
         return _rebuild_peer_timeout, (dict(self.__dict__),)
 
 
-def _rebuild_peer_timeout(fields: dict) -> PeerTimeoutError:
+def _rebuild_peer_timeout(fields: dict[str, Any]) -> PeerTimeoutError:
     return PeerTimeoutError(**fields)
 
 
-def _rebuild_overflow(fields: dict) -> RowsOverflowError:
+def _rebuild_overflow(fields: dict[str, Any]) -> RowsOverflowError:
     return RowsOverflowError(**fields)

@@ -71,7 +71,9 @@ def place_on_node(load_XE: torch.Tensor, num_slots: int, num_gpus: int) -> torch
     found_XR = PlacementSearch(load_XE, start_XR, num_gpus).run()
     peak_X = load_per_gpu(load_XE, found_XR, num_gpus).amax(-1)
 
-    def try_start(x: torch.Tensor, piece: float | torch.Tensor, noise: float | torch.Tensor):
+    def try_start(
+        x: torch.Tensor, piece: float | torch.Tensor, noise: float | torch.Tensor
+    ) -> None:
         load = load_XE[x]
         largest = torch.maximum(largest_X[x], piece * mean_X[x])
         count = choose_enough_copies(load, num_slots, max_copies, largest)
@@ -86,9 +88,9 @@ def place_on_node(load_XE: torch.Tensor, num_slots: int, num_gpus: int) -> torch
     generator = torch.Generator().manual_seed(0)
     for _ in range(SHAKEN_STARTS):
         x = (peak_X > greedy_X * (1 + 1e-9)).nonzero()[:, 0]
-        piece = torch.empty(len(x)).uniform_(0.3, 1.5, generator=generator)
+        pieces = torch.empty(len(x)).uniform_(0.3, 1.5, generator=generator)
         noise = torch.empty(len(x), load_XE.shape[1]).uniform_(0.7, 1.3, generator=generator)
-        try_start(x, piece, noise)
+        try_start(x, pieces, noise)
     return found_XR
 
 

@@ -21,7 +21,8 @@ def load_per_gpu(load_LE: torch.Tensor, expert_LR: torch.Tensor, num_gpus: int) 
     count = torch.zeros_like(load_LE, dtype=torch.int64)
     count.scatter_add_(-1, expert_LR, torch.ones_like(expert_LR))
     load = (load_LE.double() / count).gather(-1, expert_LR)
-    return load.unflatten(-1, (num_gpus, -1)).sum(-1)
+    by_gpu: torch.Tensor = load.unflatten(-1, (num_gpus, -1))
+    return by_gpu.sum(-1)
 
 
 def copies_on_gpus(expert_LR: torch.Tensor, num_gpus: int, num_experts: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ S = R / P slots of a rank, X most copies of one expert. Slots are numbered rank 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,11 +40,12 @@ class ExpertPlacement:
     physical_to_logical: tuple[int, ...]
     num_ranks: int
 
-    def __post_init__(self) -> None:
-        experts = self.physical_to_logical
-        experts = experts.tolist() if isinstance(experts, Tensor) else list(experts)
-        _check_slots(experts, self.num_ranks)
+    def __init__(self, physical_to_logical: Tensor | Sequence[int], num_ranks: int) -> None:
+        given = physical_to_logical
+        experts = given.tolist() if isinstance(given, Tensor) else list(given)
+        _check_slots(experts, num_ranks)
         object.__setattr__(self, "physical_to_logical", tuple(experts))
+        object.__setattr__(self, "num_ranks", num_ranks)
 
     @classmethod
     def in_order(
@@ -104,7 +106,7 @@ class ExpertPlacement:
     @cached_property
     def slots_of_expert(self) -> tuple[tuple[int, ...], ...]:
         """[E] the slots that hold each expert, ascending."""
-        slots = [[] for _ in range(max(self.physical_to_logical) + 1)]
+        slots: list[list[int]] = [[] for _ in range(max(self.physical_to_logical) + 1)]
         for slot, expert in enumerate(self.physical_to_logical):
             slots[expert].append(slot)
         return tuple(map(tuple, slots))

@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ class Balancing:
     after: PlacementReport
     before_name: str  # what the placement before was
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
         return {
             "physical_to_logical": self.physical_to_logical.tolist(),
@@ -56,7 +57,7 @@ class Balancing:
         return "\n".join(lines)
 
 
-def _summary(gpu_load: torch.Tensor) -> dict:
+def _summary(gpu_load: torch.Tensor) -> dict[str, Any]:
     balance = (gpu_load.mean(-1) / gpu_load.amax(-1)).nan_to_num(nan=1.0)
     return {"gpu_load": gpu_load.tolist(), "balance": balance.tolist()}
 
@@ -122,7 +123,7 @@ def read_placement(path: str | Path) -> torch.Tensor:
     return torch.tensor(_read_rows(path, "physical_to_logical", int), dtype=torch.int64)
 
 
-def _read_rows(path: str | Path, key: str, number: type) -> list[list]:
+def _read_rows(path: str | Path, key: str, number: type[int] | type[float]) -> list[list[float]]:
     path = Path(path)
     if path.suffix.lower() == ".json":
         try:
@@ -145,7 +146,7 @@ def _read_rows(path: str | Path, key: str, number: type) -> list[list]:
     return _check_rows(path, rows, number)
 
 
-def _check_rows(path: Path, rows: object, number: type) -> list[list]:
+def _check_rows(path: Path, rows: object, number: type[int] | type[float]) -> list[list[float]]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
         raise ValueError(f"{path} holds no rows: give one row a layer, one number an expert")
     lengths = [len(row) for row in rows]

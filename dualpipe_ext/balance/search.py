@@ -173,6 +173,7 @@ class PlacementSearch:
         if parting:
             score = 1 / (1 + after / gpu_load.mean(-1)[:, None, None].clamp(min=1e-300))
         else:
+            assert smallest_gain is not None
             score = self.judge(before - after, sent, smallest_gain)
         index, score, sent = self.best(score, sent, allowed)
         slot_a = slots[row, index // expert.shape[1]]
@@ -268,6 +269,7 @@ class PlacementSearch:
 
     def spared(self, problem: torch.Tensor) -> torch.Tensor:
         """[A, R]: 1 for slots that were to be sent a copy, and need none without it."""
+        assert self.away is not None
         expert = self.expert[problem]
         alone = self.own(self.on_gpu[problem], expert) == 1
         return self.own(self.away[problem], expert) * alone

@@ -3,7 +3,10 @@
 Letters: B sequences, S positions, H hidden, N heads, D width of a head.
 """
 
+from __future__ import annotations
+
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,20 +32,25 @@ _FASTEST_FIRST = [
 
 
 IMPLEMENTATIONS = ("auto", "sdpa", "triton")
+Layer: TypeAlias = "GroupedQueryAttention | LatentAttention"
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, layer: nn.Module) -> Tensor:
+def _attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention [B, N, S, D], by the implementation and on the SMs that the layer names."""
     if _uses_flash_attention(layer, query, (query.shape[-1], value.shape[-1])):
         deterministic = torch.are_deterministic_algorithms_enabled()
-        how = {"num_sms": layer.num_sms, "deterministic": deterministic}
-        return flash_attention(query, key, value, causal=True, **how)
+        return flash_attention(
+            *(query, key, value),
+            causal=True,
+            num_sms=layer.num_sms,
+            deterministic=deterministic,
+        )
     shared = query.shape[1] != key.shape[1]
     with _kernels(query):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared)
 
 
-def _uses_flash_attention(layer: nn.Module, like: Tensor, widths: tuple[int, int]) -> bool:
+def _uses_flash_attention(layer: Layer, like: Tensor, widths: tuple[int, int]) -> bool:
     choice = layer.implementation
     return choice == "triton" or (choice == "auto" and runs_as_kernels(like, widths))
 
@@ -52,7 +60,7 @@ def _check_implementation(implementation: str) -> None:
         raise ValueError(f"implementation={implementation!r}: pass one of {IMPLEMENTATIONS}")
 
 
-def _kernels(x: Tensor) -> AbstractContextManager:
+def _kernels(x: Tensor) -> AbstractContextManager[object]:
     return sdpa_kernel(_FASTEST_FIRST, set_priority=True) if x.is_cuda else nullcontext()
 
 
@@ -67,6 +75,9 @@ class GroupedQueryAttention(nn.Module):
 
     Raises ValueError where the heads do not divide, or D is odd.
     """
+
+    query_norm: nn.RMSNorm | None
+    key_norm: nn.RMSNorm | None
 
     def __init__(
         self,
@@ -94,7 +105,7 @@ class GroupedQueryAttention(nn.Module):
         self.implementation, self.num_sms = implementation, num_sms
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, width
         self.rope_base = rope_base
-        like = {"bias": False, "dtype": dtype, "device": device}
+        like: dict[str, Any] = {"bias": False, "dtype": dtype, "device": device}
         self.qkv = DelayedLinear(hidden, (heads + 2 * kv_heads) * width, **like)
         self.out = DelayedLinear(heads * width, hidden, **like)
         self.query_norm = self.key_norm = None
@@ -104,21 +115,22 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_width))  # [B, S, N + 2G, D]
-        if self.query_norm is None:
+        if self.query_norm is None or self.key_norm is None:
             query, key, value = split_heads(heads, self.kv_heads, base=self.rope_base)
         else:
             query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
             turns = tables(x.shape[1], self.head_width, self.rope_base, x.device)
             query = rotary(self.query_norm(query), *turns)
             key = rotary(self.key_norm(key), *turns)
-        mixed = _attend(*(part.transpose(1, 2) for part in (query, key, value)), self)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        mixed = _attend(self, *(part.transpose(1, 2) for part in (query, key, value)))
+        y: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return y
 
     def uses_flash_attention(self, x: Tensor) -> bool:
         """Whether x would be attended to by `flash_attention`, and not by torch's."""
         return _uses_flash_attention(self, x, (self.head_width, self.head_width))
 
-    def kernel_options(self) -> tuple:
+    def kernel_options(self) -> tuple[bool, float, int, bool, str]:
         """Of `flash_attention.forward_operator`, behind the packed sequences."""
         deterministic = torch.are_deterministic_algorithms_enabled()
         num_sms = check_num_sms(self.num_sms)
@@ -159,10 +171,10 @@ class LatentAttention(nn.Module):
         value_width = head_width if value_width is None else value_width
         self.heads, self.kv_rank, self.rope_base = heads, kv_rank, rope_base
         self.head_width, self.rope_width, self.value_width = head_width, rope_width, value_width
-        like = {"bias": False, "dtype": dtype, "device": device}
+        like: dict[str, Any] = {"bias": False, "dtype": dtype, "device": device}
         query_out = heads * (head_width + rope_width)
         if query_rank is None:
-            self.query = DelayedLinear(hidden, query_out, **like)
+            self.query: nn.Module = DelayedLinear(hidden, query_out, **like)
         else:
             self.query = nn.Sequential(
                 DelayedLinear(hidden, query_rank, **like),
@@ -183,8 +195,9 @@ class LatentAttention(nn.Module):
         turns = tables(x.shape[1], self.rope_width, self.rope_base, x.device)
         key_rope = rotary(key_rope.unsqueeze(2), *turns).expand(-1, -1, self.heads, -1)
         key = torch.cat([key, key_rope], dim=-1)
-        mixed = _attend(*(part.transpose(1, 2) for part in (query, key, value)), self)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        mixed = _attend(self, *(part.transpose(1, 2) for part in (query, key, value)))
+        y: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return y
 
 
 def _check_even(name: str, width: int) -> None:

@@ -7,6 +7,8 @@ norm's and the residual's, are added in the norm's kernel.
 
 from __future__ import annotations
 
+from typing import Any, Protocol, TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +30,16 @@ __all__ = ["AttentionSegment", "fits"]
 PARTS = (nn.RMSNorm, DelayedLinear, DelayedLinear, nn.RMSNorm, Router)
 
 
-def fits(block: nn.Module, x: Tensor) -> bool:
+class OwnBlock(Protocol):
+    """A `TransformerBlock` of our own parts."""
+
+    attention_norm: nn.RMSNorm
+    attention: GroupedQueryAttention
+    feed_forward_norm: nn.RMSNorm
+    feed_forward: MoELayer
+
+
+def fits(block: Any, x: Tensor) -> TypeGuard[OwnBlock]:
     """Whether it does all that `block.attend_and_route(x)` does under autograd.
 
     All modules are ours and as we made them (a parametrization, or FSDP around one of them, changes
@@ -47,7 +58,7 @@ def fits(block: nn.Module, x: Tensor) -> bool:
         return False
     if has_module_hooks(attention, *parts) or saves_tensors_elsewhere():
         return False
-    weights = [part.weight for part in parts]
+    weights: list[Any] = [part.weight for part in parts]
     for weight in weights:
         if type(weight) is not nn.Parameter or not weight.requires_grad:
             return False
@@ -58,10 +69,13 @@ def fits(block: nn.Module, x: Tensor) -> bool:
     return parts[-1].takes_kernel(x.flatten(0, 1))
 
 
-def _parts(block: nn.Module) -> tuple[nn.Module, ...]:
+def _parts(
+    block: OwnBlock,
+) -> tuple[nn.RMSNorm, DelayedLinear, DelayedLinear, nn.RMSNorm, Router]:
     attention = block.attention
+    router: Any = block.feed_forward.router
     linears = attention.qkv, attention.out
-    return block.attention_norm, *linears, block.feed_forward_norm, block.feed_forward.router
+    return block.attention_norm, *linears, block.feed_forward_norm, router
 
 
 class AttentionSegment:
@@ -70,13 +84,18 @@ class AttentionSegment:
     Letters: B sequences of S tokens, T = B S, H hidden, N heads, D width of a head.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: OwnBlock) -> None:
         self._block, self._later = block, WeightGradients()
+        self._weights: tuple[nn.Parameter, ...]
+        # What a forward leaves for its backward: tuples.
+        self._attended: Any = None
+        self._routed: Any = None
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         parts = _parts(self._block)
-        self._weights = tuple(part.weight for part in parts)  # whatever becomes of the modules
+        weights: Any = tuple(part.weight for part in parts)  # whatever becomes of the modules
+        self._weights = weights
         first, _, _, second, router = parts
         w_first, w_qkv, w_out, w_second, _ = self._weights
         attention, (B, S, _) = self._block.attention, x.shape
@@ -111,7 +130,7 @@ class AttentionSegment:
         d_m: Tensor | None,
         d_topk_weight: Tensor | None,
         d_aux_loss: Tensor | None,
-        *_: None,
+        *no_gradients: None,
     ) -> tuple[Tensor]:
         w_first, _, _, w_second, w_router = self._weights
         d_h, d_second, d_router = self._route_backward(d_h, d_m, d_topk_weight, d_aux_loss)
@@ -119,7 +138,13 @@ class AttentionSegment:
         run_backward([w_router, w_second, w_first], [d_router, d_second, d_first])
         return (dx,)
 
-    def _route_backward(self, d_h, d_m, d_topk_weight, d_aux_loss) -> tuple[Tensor, ...]:
+    def _route_backward(
+        self,
+        d_h: Tensor | None,
+        d_m: Tensor | None,
+        d_topk_weight: Tensor | None,
+        d_aux_loss: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of h [T, H], of the second norm's weight and of the router's."""
         (m, weight, logits, topk_idx), how, h, rstd, count, factor = self._routed
         self._routed = None

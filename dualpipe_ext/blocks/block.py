@@ -24,6 +24,7 @@ The gradients of all other parameters come with the backward for inputs.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class TransformerBlock(nn.Module):
         unknown = sorted(set(recompute) - set(RECOMPUTABLE))
         if unknown or isinstance(recompute, str):
             raise ValueError(f"recompute={recompute!r}: pass a collection out of {RECOMPUTABLE}")
-        like = {"eps": norm_eps, "dtype": dtype, "device": device}
+        like: dict[str, Any] = {"eps": norm_eps, "dtype": dtype, "device": device}
         self.attention_norm = nn.RMSNorm(hidden, **like)
         self.attention = attention
         self.feed_forward_norm = nn.RMSNorm(hidden, **like)
@@ -80,7 +81,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h, m = self.attend(x)
-        return h + self.feed_forward(m)
+        y: Tensor = self.feed_forward(m)
+        return h + y
 
     def start_chunk(self, *, grad: bool = True, channel: str = "forward") -> BlockChunk:
         """The segments of one micro-batch; `channel` is the exchange's for its forward."""
@@ -91,10 +93,10 @@ class TransformerBlock(nn.Module):
     def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The attention segment of a dense block: h [..., H] and its norm."""
         first, second = self.attention_norm, self.feed_forward_norm
-        n = rms_norm(x, first.weight, eps=first.eps) if _is_plain(first) else first(x)
+        n = rms_norm(x, first.weight, eps=_eps(first)) if _is_plain(first) else first(x)
         mixed = self.attention(n).to(x.dtype)
         if _is_plain(second):
-            m, h = rms_norm(mixed, second.weight, residual=x, eps=second.eps)
+            m, h = rms_norm(mixed, second.weight, residual=x, eps=_eps(second))
             return h, m
         h = x + mixed
         return h, second(h)
@@ -106,6 +108,7 @@ class TransformerBlock(nn.Module):
         topk_weight [T, K], the weighted balance loss; topk_idx [T, K] and tokens_per_expert [E].
         """
         moe = self.feed_forward
+        assert isinstance(moe, RoutedFeedForward)
         h, m = self.attend(x)
         m = m.flatten(0, -2)
         routes = moe.route(m)
@@ -114,6 +117,11 @@ class TransformerBlock(nn.Module):
             h = h + moe.run_shared(m).view_as(h)
         aux_loss = moe.aux_loss_coefficient * routes.aux_loss
         return h, m, routes.topk_weight, aux_loss, routes.topk_idx, routes.tokens_per_expert
+
+
+def _eps(norm: nn.RMSNorm) -> float:
+    assert norm.eps is not None  # a block's norms have one
+    return norm.eps
 
 
 def _is_plain(norm: nn.Module) -> bool:

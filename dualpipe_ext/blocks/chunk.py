@@ -9,7 +9,7 @@ of order is an error that says so.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +174,7 @@ class _Dispatched:
     after: ClassVar[str] = "dispatch"
     h: Tensor
     plan: Plan
-    arrival: Arrival
+    arrival: Arrival[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class _Computed:
     after: ClassVar[str] = "mlp"
     h: Tensor
     plan: Plan
-    departure: Departure
+    departure: Departure[Tensor]
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class _Returned:
     after: ClassVar[str] = "combine_backward"
     d_output: Tensor
     plan: Plan
-    arrival: Arrival
+    arrival: Arrival[Tensor]
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class _Differentiated:
     after: ClassVar[str] = "mlp_backward"
     d_output: Tensor
     plan: Plan
-    departure: Departure
+    departure: Departure[Any]  # a tensor, or a pair if it is weighted
 
 
 @dataclass(frozen=True)
@@ -355,8 +355,7 @@ class RoutedChunk:
         """The backward of combine is a dispatch; `d_output` [..., H] is that of the block."""
         plan, exchange = self._take(_Forwarded).plan, self._opened()
         dy = d_output.reshape(-1, d_output.shape[-1]).to(exchange.dtype)
-        how = {"channel": "backward", "num_sms": self._share().row_sms}
-        arrival = exchange.send(dy, plan, **how)
+        arrival = exchange.send(dy, plan, channel="backward", num_sms=self._share().row_sms)
         self._held = _Returned(d_output, plan, arrival)
         return arrival.tensors
 
@@ -407,7 +406,7 @@ class _OwnExperts:
     def __init__(self, moe: MoELayer, *, grad: bool, recompute: bool) -> None:
         self._moe, self._grad, self._recompute = moe, grad, recompute
         self._saved: MLPSaved | None = None
-        self._inputs: Tensors | None = None  # to run again
+        self._inputs: tuple[Tensor, Tensor, Tensor] | None = None  # to run again
         self._later = WeightGradients()
 
     @torch.no_grad()
@@ -420,17 +419,25 @@ class _OwnExperts:
             self._inputs = rows, row_weight, expert_offsets
         moe = self._moe
         w13, w2 = moe.w13.to(rows.dtype), moe.w2.to(rows.dtype)
-        how = {"num_sms": share.num_sms, "take_over": share.take_over}
-        inputs = rows, row_weight, w13, w2, expert_offsets
-        return grouped_mlp(*inputs, **how, precision=moe.precision)
+        return grouped_mlp(
+            *(rows, row_weight, w13, w2, expert_offsets),
+            num_sms=share.num_sms,
+            take_over=share.take_over,
+            precision=moe.precision,
+        )
 
-    def _run(self, rows, row_weight, expert_offsets, share: SmShare) -> Tensor:
+    def _run(
+        self, rows: Tensor, row_weight: Tensor, expert_offsets: Tensor, share: SmShare
+    ) -> Tensor:
         """out, and what the backward needs."""
         moe = self._moe
         w13, w2 = moe.w13.to(rows.dtype), moe.w2.to(rows.dtype)  # themselves, but for autocast
-        how = {"num_sms": share.num_sms, "take_over": share.take_over}
-        inputs = rows, row_weight, w13, w2, expert_offsets
-        out, self._saved = mlp_forward(*inputs, **how, precision=moe.precision)
+        out, self._saved = mlp_forward(
+            *(rows, row_weight, w13, w2, expert_offsets),
+            num_sms=share.num_sms,
+            take_over=share.take_over,
+            precision=moe.precision,
+        )
         return out
 
     def backward_input(self, d_out: Tensor, share: SmShare) -> tuple[Tensor, Tensor]:
@@ -438,11 +445,14 @@ class _OwnExperts:
             self._run(*self._inputs, share)
         saved, moe = self._saved, self._moe
         assert saved is not None
-        how = {"num_sms": share.num_sms, "take_over": share.take_over}
-        d_rows, d_weight = mlp_dgrad(d_out, saved, **how)
+        num_sms, take_over = share.num_sms, share.take_over
+        d_rows, d_weight = mlp_dgrad(d_out, saved, num_sms=num_sms, take_over=take_over)
         if moe.w13.requires_grad or moe.w2.requires_grad:
             self._later.add(
-                (moe.w13, moe.w2), lambda totals: mlp_wgrad(d_out, saved, totals=totals, **how)
+                (moe.w13, moe.w2),
+                lambda totals: mlp_wgrad(
+                    d_out, saved, totals=totals, num_sms=num_sms, take_over=take_over
+                ),
             )
         self._saved = self._inputs = None
         return d_rows, d_weight

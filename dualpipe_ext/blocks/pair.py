@@ -17,9 +17,10 @@ layer 1" (▲), "compute: mlp W": the profiler's trace files take ASCII only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
+from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ from .split import SmSplit
 from .stage import WEIGHT_DELAYS, StageChunk
 
 __all__ = ["OverlappedPair"]
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
 
 
 class OverlappedPair:
@@ -104,11 +108,13 @@ class OverlappedPair:
                 b, "end", backward.begin_backward, backward.end_backward_weight, gradients
             )
             x = run("compute", f, "begin", forward.begin_forward)
-            before = None  # the forward's block whose output is not computed yet
+            # The forward's block whose output is not computed yet.
+            before: BlockChunk | None = None
             layers = zip_longest(forward.blocks, reversed(backward.blocks))
             for i, (block_f, block_b) in enumerate(layers):
                 f.layer, b.layer = i, len(backward.blocks) - 1 - i
                 if block_b is not None:
+                    assert dx is not None
                     run(block_b.lane, b, "combine", block_b.combine_backward, dx)
                 if before is not None and block_f is not None:
                     x = run("compute", f, "output", before.output)
@@ -200,8 +206,13 @@ class OverlappedPair:
             run(forward.lane, f, "combine", forward.combine)
 
     def _backward(
-        self, track: _Track, name: str, inputs: Callable, weights: Callable | None, *args
-    ):
+        self,
+        track: _Track,
+        name: str,
+        inputs: Callable[[*Arguments], Result],
+        weights: Callable[[], None] | None,
+        *args: *Arguments,
+    ) -> Result:
         """A compute segment's backward; weights None: the caller runs them later.
 
         Unless the delay is "all" they belong to the segment, which ends, for others, with them.
@@ -216,7 +227,7 @@ class OverlappedPair:
         return found
 
     @contextmanager
-    def _window(self, *chunks: StageChunk):
+    def _window(self, *chunks: StageChunk) -> Iterator[None]:
         """Both lanes start after what is queued now, and what follows starts after both."""
         split = SmSplit(self.comm_sms, self.num_sms)
         blocks = [block for chunk in chunks for block in chunk.blocks]
@@ -250,8 +261,10 @@ class _Lanes:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         # High priority: the few SMs that communication takes should not wait for a GEMM to end.
-        self._comm = torch.cuda.Stream(device, priority=-1) if self._cuda else None
-        self._compute: torch.cuda.Stream | None = None
+        self._comm: torch.cuda.Stream
+        if self._cuda:
+            self._comm = torch.cuda.Stream(device, priority=-1)
+        self._compute: torch.cuda.Stream  # while a pair runs
         self._split: SmSplit | None = None  # where kernels can give way, while a pair runs
 
     def open(self, split: SmSplit) -> None:
@@ -278,7 +291,14 @@ class _Lanes:
                 if tensor is not None:
                     tensor.record_stream(self._comm)
 
-    def run(self, lane: str, track: _Track | None, name: str, function: Callable, *args):
+    def run(
+        self,
+        lane: str,
+        track: _Track | None,
+        name: str,
+        function: Callable[[*Arguments], Result],
+        *args: *Arguments,
+    ) -> Result:
         """Queue `function(*args)` as the next segment of `track`; returns what it returns.
 
         Track None: no segment waits for it, and its inputs are of its own lane.
@@ -291,19 +311,22 @@ class _Lanes:
             if lane == "comm":
                 stream, other = other, stream
             if track is not None and track.lane not in (None, lane):
+                assert track.event is not None
                 stream.wait_event(track.event)
             # The compute lane is the current stream.
             found = self._communicate(function, *args) if lane == "comm" else function(*args)
             if track is not None:
                 track.lane = lane
+                assert track.event is not None
                 track.event.record(stream)
                 # The allocator must not hand them out again while the other lane still reads.
-                for tensor in (found,) if isinstance(found, Tensor) else found or ():
+                made: Any = (found,) if isinstance(found, Tensor) else found or ()
+                for tensor in made:
                     if tensor is not None:
                         tensor.record_stream(other)
         return found
 
-    def _communicate(self, function: Callable, *args):
+    def _communicate(self, function: Callable[[*Arguments], Result], *args: *Arguments) -> Result:
         """On its stream; kernels that draw tiles leave its SMs free while the GPU runs it."""
         torch.cuda.set_stream(self._comm)  # its context manager takes 9 us
         try:
@@ -327,12 +350,14 @@ def _mlp_backward_whole(block: BlockChunk) -> tuple[Tensor, ...]:
     return _run_both(block.mlp_backward, block.mlp_backward_weight)
 
 
-def _run_both(inputs: Callable, weights: Callable, *args):
+def _run_both(
+    inputs: Callable[[*Arguments], Result], weights: Callable[[], None], *args: *Arguments
+) -> Result:
     found = inputs(*args)
     weights()
     return found
 
 
-def _call(function: Callable | None, argument) -> None:
+def _call(function: Callable[[Result], None] | None, argument: Result) -> None:
     if function is not None:
         function(argument)

@@ -14,6 +14,7 @@ interleave, any other nn.Module runs whole, its weight gradients delayed as far 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,12 @@ from ..compat import is_view
 from ..gradients.delayed import WeightGradients
 from ..gradients.segment import Segment
 from .block import TransformerBlock
+from .chunk import BlockChunk
 
 __all__ = [
     "WEIGHT_DELAYS",
+    "Chunk",
+    "Criterion",
     "HookChunk",
     "ModuleChunk",
     "StageChunk",
@@ -34,6 +38,7 @@ __all__ = [
 ]
 
 WEIGHT_DELAYS = ("off", "experts", "all")
+Criterion = Callable[..., Tensor]  # of a stage's outputs and the labels
 
 
 class TransformerStage(nn.Module):
@@ -70,9 +75,11 @@ class TransformerStage(nn.Module):
 
     def aux_loss(self) -> Tensor | float:
         """Sum of the routers' balance losses in the last forward, without `aux_loss_scale`."""
-        return sum(block.feed_forward.aux_loss for block in self.blocks if block.routed)
+        blocks: Any = self.blocks
+        total: Tensor | float = sum(b.feed_forward.aux_loss for b in blocks if b.routed)
+        return total
 
-    def start_chunk(self, *inputs: Tensor, **options) -> StageChunk:
+    def start_chunk(self, *inputs: Tensor, **options: Any) -> StageChunk:
         """See `StageChunk`, which takes the same arguments."""
         return StageChunk(self, *inputs, **options)
 
@@ -91,13 +98,16 @@ class StageChunk:
         self,
         stage: TransformerStage,
         *inputs: Tensor,
-        criterion: Callable | None = None,
+        criterion: Criterion | None = None,
         labels: Sequence[Tensor] = (),
         grad: bool = True,
         channel: str = "forward",
     ) -> None:
         self.stage, self.channel, self._inputs = stage, channel, inputs
-        self.blocks = [block.start_chunk(grad=grad, channel=channel) for block in stage.blocks]
+        blocks = cast(Sequence[TransformerBlock], stage.blocks)
+        self.blocks: list[BlockChunk] = [
+            block.start_chunk(grad=grad, channel=channel) for block in blocks
+        ]
         self._first = Segment(stage.first, grad=grad) if stage.first is not None else None
         self._ending = _Ending(stage.last, criterion, labels)
         ends = stage.last is not None or criterion is not None
@@ -132,6 +142,7 @@ class StageChunk:
         if weight_delay != "all":
             self.end_backward_weight()
         for block in reversed(self.blocks):
+            assert dx is not None
             block.combine_backward(dx)
             block.mlp_backward()
             if weight_delay == "off":
@@ -193,7 +204,7 @@ class ModuleChunk:
         self,
         module: nn.Module,
         *inputs: Tensor,
-        criterion: Callable | None = None,
+        criterion: Criterion | None = None,
         labels: Sequence[Tensor] = (),
         grad: bool = True,
         recompute: bool = False,
@@ -237,9 +248,18 @@ class HookChunk:
 
     views: tuple[int, ...] = ()
 
-    def __init__(self, module: nn.Module, *inputs: Tensor, criterion=None, labels=(), grad=True):
+    def __init__(
+        self,
+        module: nn.Module,
+        *inputs: Tensor,
+        criterion: Criterion | None = None,
+        labels: Sequence[Tensor] = (),
+        grad: bool = True,
+    ) -> None:
         self.module, self.criterion, self.labels, self._grad = module, criterion, labels, grad
-        self._inputs, self._outputs, self._loss = inputs, (), None
+        self._inputs = inputs
+        self._outputs: tuple[Tensor, ...] = ()
+        self._loss: Tensor | None = None
         self._weights = WeightGradients()
         self.outputs: tuple[Tensor, ...] = ()
         self.loss: Tensor | None = None
@@ -272,9 +292,11 @@ class HookChunk:
         """This chunk's forward with the whole backward of another one, by the module's hook."""
         self._take_inputs()
         with_loss = backward._loss is not None
+        reached: tuple[list[Tensor], list[Tensor]]
         reached = ([], []) if with_loss else backward._reached(gradients)
+        hooked: Any = type(self.module)
         with self._weights.collect():
-            outputs, loss = type(self.module).overlapped_forward_backward(
+            outputs, loss = hooked.overlapped_forward_backward(
                 *(self.module, list(self._inputs), self.criterion, list(self.labels)),
                 *(backward.module, backward._loss, *reached),
             )
@@ -294,7 +316,7 @@ class HookChunk:
         self.outputs = tuple(y.detach() for y in outputs)
         return self.outputs
 
-    def _reached(self, gradients: Sequence[Tensor | None]) -> tuple[list, list]:
+    def _reached(self, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
         pairs = zip(self._outputs, gradients, strict=True)
         kept = [(y, dy) for y, dy in pairs if dy is not None and y.requires_grad]
         return [y for y, _ in kept], [dy for _, dy in kept]
@@ -306,7 +328,12 @@ class HookChunk:
         return found
 
 
-def start_chunk(module: nn.Module, *inputs: Tensor, recompute: bool = False, **options):
+Chunk: TypeAlias = StageChunk | ModuleChunk | HookChunk
+
+
+def start_chunk(
+    module: nn.Module, *inputs: Tensor, recompute: bool = False, **options: Any
+) -> Chunk:
     """A chunk of `module`, options as in `StageChunk`. `recompute` is for those that run whole."""
     if isinstance(module, TransformerStage):
         return module.start_chunk(*inputs, **options)
@@ -323,14 +350,16 @@ def has_pair_hook(module: nn.Module) -> bool:
 class _Ending:
     """The end of a stage: its outputs, and the loss where it has a criterion."""
 
-    def __init__(self, last: nn.Module | None, criterion, labels: Sequence[Tensor]) -> None:
+    def __init__(
+        self, last: nn.Module | None, criterion: Criterion | None, labels: Sequence[Tensor]
+    ) -> None:
         self._last, self._criterion, self._labels = last, criterion, labels
         self.views: tuple[int, ...] = ()
 
-    def __call__(self, *outputs) -> tuple[Tensor, ...]:
+    def __call__(self, *found: Any) -> tuple[Tensor, ...]:
         if self._last is not None:
-            outputs = (self._last(*outputs),)
-        outputs = _as_tuple(outputs[0])
+            found = (self._last(*found),)
+        outputs = _as_tuple(found[0])
         self.views = tuple(i for i, y in enumerate(outputs) if is_view(y))
         self._count = len(outputs)
         if self._criterion is None:
@@ -346,7 +375,9 @@ class _Ending:
             return None, found
         return found[0], found[1:]
 
-    def gradients(self, loss: Tensor | None, given: Sequence[Tensor | None]) -> tuple:
+    def gradients(
+        self, loss: Tensor | None, given: Sequence[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
         """Those of what `__call__` returned."""
         if loss is None:
             return tuple(given)

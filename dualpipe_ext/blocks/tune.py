@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..ranks.agreement import Agreement
-from ..ranks.groups import process_group
+from ..ranks.groups import Group, process_group
 from .pair import OverlappedPair
 
 __all__ = ["Split", "tune_split"]
@@ -39,7 +39,7 @@ def tune_split(
     *,
     comm_sms: Sequence[int | float | None] = COMM_SMS,
     num_sms: Sequence[int | None] = (None,),
-    group=None,
+    group: Group = None,
     warmup: int = 2,
     repeats: int = 5,
     timeout: float = 600.0,
@@ -99,7 +99,13 @@ def tune_split(
     return found
 
 
-def _time_in_turn(pair, step, splits, warmup: int, repeats: int) -> list[list[float]]:
+def _time_in_turn(
+    pair: OverlappedPair,
+    step: Callable[[], object],
+    splits: Sequence[tuple[int | float | None, int | None]],
+    warmup: int,
+    repeats: int,
+) -> list[list[float]]:
     """Seconds of each split's steps but for the first `warmup`."""
     times: list[list[float]] = [[] for _ in splits]
     for turn in range(warmup + repeats):

@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from torch import Tensor
 
@@ -25,10 +25,14 @@ from .plan import Plan
 __all__ = ["Arrival", "Backend", "Departure", "ExpertRows", "UniqueRows", "Weighted"]
 
 Weighted = tuple[Tensor, Tensor | None]  # rows, and a scalar each if any were sent
+Result_co = TypeVar("Result_co", covariant=True)
+PlanT = TypeVar("PlanT", bound=Plan)
 
 
-class Arrival(ABC):
+class Arrival(ABC, Generic[Result_co]):
     """Tokens that `send` brought to this rank; a context manager that releases them.
+
+    Its type parameter is what `Exchange.arrive` returns for it: a tensor, or a pair of tensors.
 
     Attributes:
         channel: "forward" or "backward".
@@ -42,15 +46,15 @@ class Arrival(ABC):
     def release(self) -> None:
         """Give the buffer back, as of the work that the current stream has queued so far."""
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.release()
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertRows(Arrival):
+class ExpertRows(Arrival[Any]):
     """Rows in expert order, in memory of their own.
 
     Attributes:
@@ -63,7 +67,7 @@ class ExpertRows(Arrival):
     channel: str
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]  # no field
         return (self.rows,) if self.row_weight is None else (self.rows, self.row_weight)
 
     def release(self) -> None:
@@ -71,7 +75,7 @@ class ExpertRows(Arrival):
 
 
 @dataclass(frozen=True, eq=False)
-class UniqueRows(Arrival):
+class UniqueRows(Arrival[Any]):
     """Every token that came to this rank, once.
 
     On NVLink the tensors are the receive buffer itself: nothing is copied, and the channel's next
@@ -97,8 +101,10 @@ class UniqueRows(Arrival):
 
 
 @dataclass(frozen=True, eq=False)
-class Departure:
+class Departure(Generic[Result_co]):
     """Rows that `leave` made ready for `fetch`.
+
+    Its type parameter is what `Exchange.fetch` returns for it: a tensor, or a pair of tensors.
 
     Attributes:
         channel: "forward" or "backward".
@@ -120,7 +126,7 @@ class Departure:
         return tuple(x for x in (self.rows, self.row_weight) if x is not None)
 
 
-class Backend(Protocol):
+class Backend(Protocol[PlanT]):
     """One form of the exchange on one kind of transport. `Exchange` checks arguments before.
 
     Tensors are contiguous. `num_sms`: SMs of the compute kernels in a call, None = all.
@@ -130,36 +136,36 @@ class Backend(Protocol):
     comm_sms: int  # SMs that the communication kernels of the next call take
     peer_bytes: int  # of peer memory held on each rank
 
-    def plan(self, topk_idx: Tensor) -> Plan: ...
+    def plan(self, topk_idx: Tensor) -> PlanT: ...
 
     def send(
         self,
         x: Tensor,
-        plan: Plan,
+        plan: PlanT,
         topk_weight: Tensor | None,
         channel: str,
         payload: str | None,
         num_sms: int | None,
-    ) -> Arrival:
+    ) -> Arrival[Any]:
         """Brings x [T, H], and topk_weight [T, K], to the ranks of their experts. Collective."""
         ...
 
-    def arrive(self, arrival: Arrival, plan: Plan, num_sms: int | None) -> Weighted:
+    def arrive(self, arrival: Arrival[Any], plan: PlanT, num_sms: int | None) -> Weighted:
         """Rows [R, H] in expert order and row_weight [R] of an arrival, which it releases."""
         ...
 
     def leave(
         self,
         rows: Tensor | None,
-        plan: Plan,
+        plan: PlanT,
         row_weight: Tensor | None,
         channel: str,
         num_sms: int | None,
-    ) -> Departure:
+    ) -> Departure[Any]:
         """Makes rows [R, H], and row_weight [R], ready to be fetched."""
         ...
 
-    def fetch(self, departure: Departure, plan: Plan, num_sms: int | None) -> Weighted:
+    def fetch(self, departure: Departure[Any], plan: PlanT, num_sms: int | None) -> Weighted:
         """y [T, H], the sums over each token's rows, and the scalars [T, K]. Collective."""
         ...
 

@@ -7,13 +7,16 @@ in flight together, as DualPipe's overlapped pair needs (DeepSeek-V3 report, fig
 
 from __future__ import annotations
 
+from typing import Any, TypeVar, cast, overload
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import ExchangeClosedError
 from ..ops.operator import device_facts
-from ..ranks.groups import process_group
+from ..ranks.groups import Group, process_group
 from ..trace.ranges import named_range
 from ..triton_kernels.launch import available
 from .backend import Arrival, Backend, Departure, Weighted
@@ -24,6 +27,8 @@ from .reference import ReferenceBackend
 __all__ = ["CHANNELS", "Exchange"]
 
 CHANNELS = ("forward", "backward")
+Pair = tuple[Tensor, Tensor]
+Result = TypeVar("Result")
 
 
 class Exchange:
@@ -73,7 +78,7 @@ class Exchange:
 
     def __init__(
         self,
-        group=None,
+        group: Group = None,
         *,
         hidden: int,
         num_experts: int,
@@ -86,7 +91,7 @@ class Exchange:
         device: torch.device | str | None = None,
         form: str | None = None,
         max_rows: int | None = None,
-    ):
+    ) -> None:
         self.group = process_group(group)
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
         self.world_size = 1 if self.group is None else dist.get_world_size(self.group)
@@ -94,7 +99,7 @@ class Exchange:
         self.hidden, self.num_experts, self.topk = hidden, num_experts, topk
         self.max_tokens, self.dtype, self.timeout = max_tokens, dtype, timeout
         self.max_rows = max_rows
-        self._backend: Backend | None = None
+        self._backend: Backend[Any] | None = None
         self._comm_sms = 0
         options = ExchangeOptions(
             hidden=hidden,
@@ -117,7 +122,7 @@ class Exchange:
         self._backend = self._open()
         self.comm_sms = comm_sms
 
-    def _open(self) -> Backend:
+    def _open(self) -> Backend[Any]:
         sizes = self.group, self.layout, self.hidden, self.dtype
         if self.backend == "reference":
             return ReferenceBackend(*sizes, self.max_rows, unique=self.form == "unique")
@@ -153,7 +158,7 @@ class Exchange:
     def closed(self) -> bool:
         return self._backend is None
 
-    def plan(self, topk_idx: torch.Tensor) -> Plan:
+    def plan(self, topk_idx: Tensor) -> Plan:
         """Exchange the routing and give every route its row. Collective.
 
         Args:
@@ -178,20 +183,43 @@ class Exchange:
                 f"Exchange with max_tokens={topk_idx.shape[0]} on every rank, or send fewer"
             )
         with named_range("dualpipe_ext::plan"):
-            return backend.plan(topk_idx.contiguous())
+            plan: Plan = backend.plan(topk_idx.contiguous())
+            return plan
 
     # ---- With autograd ----
 
+    @overload
     def dispatch(
         self,
-        x: torch.Tensor,
+        x: Tensor,
+        plan: Plan,
+        *,
+        channel: str = ...,
+        topk_weight: None = ...,
+        payload: str | None = ...,
+        num_sms: int | None = ...,
+    ) -> Tensor: ...
+    @overload
+    def dispatch(
+        self,
+        x: Tensor,
+        plan: Plan,
+        *,
+        channel: str = ...,
+        topk_weight: Tensor,
+        payload: str | None = ...,
+        num_sms: int | None = ...,
+    ) -> Pair: ...
+    def dispatch(
+        self,
+        x: Tensor,
         plan: Plan,
         *,
         channel: str = "forward",
-        topk_weight: torch.Tensor | None = None,
+        topk_weight: Tensor | None = None,
         payload: str | None = None,
         num_sms: int | None = None,
-    ):
+    ) -> Tensor | Pair:
         """Send every token to its experts. Collective, differentiable (the backward is a combine).
 
         Args:
@@ -214,15 +242,35 @@ class Exchange:
         rows, row_weight = _Dispatch.apply(x, topk_weight, *how)
         return rows if topk_weight is None else (rows, row_weight)
 
+    @overload
     def combine(
         self,
-        rows: torch.Tensor,
+        rows: Tensor,
+        plan: Plan,
+        *,
+        channel: str = ...,
+        row_weight: None = ...,
+        num_sms: int | None = ...,
+    ) -> Tensor: ...
+    @overload
+    def combine(
+        self,
+        rows: Tensor,
+        plan: Plan,
+        *,
+        channel: str = ...,
+        row_weight: Tensor,
+        num_sms: int | None = ...,
+    ) -> Pair: ...
+    def combine(
+        self,
+        rows: Tensor,
         plan: Plan,
         *,
         channel: str = "forward",
-        row_weight: torch.Tensor | None = None,
+        row_weight: Tensor | None = None,
         num_sms: int | None = None,
-    ):
+    ) -> Tensor | Pair:
         """Bring every expert's rows home and sum them. Collective, differentiable.
 
         Args:
@@ -245,16 +293,38 @@ class Exchange:
 
     # ---- The four calls, without autograd, for schedulers ----
 
+    @overload
     def send(
         self,
-        x: torch.Tensor,
+        x: Tensor,
+        plan: Plan,
+        *,
+        channel: str = ...,
+        topk_weight: None = ...,
+        payload: str | None = ...,
+        num_sms: int | None = ...,
+    ) -> Arrival[Tensor]: ...
+    @overload
+    def send(
+        self,
+        x: Tensor,
+        plan: Plan,
+        *,
+        channel: str = ...,
+        topk_weight: Tensor,
+        payload: str | None = ...,
+        num_sms: int | None = ...,
+    ) -> Arrival[Pair]: ...
+    def send(
+        self,
+        x: Tensor,
         plan: Plan,
         *,
         channel: str = "forward",
-        topk_weight: torch.Tensor | None = None,
+        topk_weight: Tensor | None = None,
         payload: str | None = None,
         num_sms: int | None = None,
-    ) -> Arrival:
+    ) -> Arrival[Any]:
         """The communication of a dispatch, to be followed by :meth:`arrive`. Collective.
 
         Arguments as in :meth:`dispatch`; `num_sms` counts where copy engines communicate.
@@ -267,7 +337,7 @@ class Exchange:
         weight = None if topk_weight is None else topk_weight.contiguous()
         return self._send(x.contiguous(), plan, weight, channel, payload, num_sms)
 
-    def arrive(self, arrival: Arrival, plan: Plan, *, num_sms: int | None = None):
+    def arrive(self, arrival: Arrival[Result], plan: Plan, *, num_sms: int | None = None) -> Result:
         """Rows in expert order of what :meth:`send` brought, which it releases.
 
         Returns what :meth:`dispatch` would. Not collective: it may run on another stream than the
@@ -277,17 +347,37 @@ class Exchange:
         self._check_call(plan, arrival.channel)
         self._check_num_sms(num_sms)
         rows, row_weight = self._arrive(arrival, plan, num_sms)
-        return rows if row_weight is None else (rows, row_weight)
+        return cast(Result, rows if row_weight is None else (rows, row_weight))
 
+    @overload
     def leave(
         self,
-        rows: torch.Tensor | None,
+        rows: Tensor | None,
+        plan: Plan,
+        *,
+        channel: str = ...,
+        row_weight: None = ...,
+        num_sms: int | None = ...,
+    ) -> Departure[Tensor]: ...
+    @overload
+    def leave(
+        self,
+        rows: Tensor | None,
+        plan: Plan,
+        *,
+        channel: str = ...,
+        row_weight: Tensor,
+        num_sms: int | None = ...,
+    ) -> Departure[Pair]: ...
+    def leave(
+        self,
+        rows: Tensor | None,
         plan: Plan,
         *,
         channel: str = "forward",
-        row_weight: torch.Tensor | None = None,
+        row_weight: Tensor | None = None,
         num_sms: int | None = None,
-    ) -> Departure:
+    ) -> Departure[Any]:
         """Make rows [R, H] in expert order ready for :meth:`fetch`. Not collective.
 
         Form "unique" sums a token's rows on `num_sms` SMs, form "expert" has nothing to do. With
@@ -306,7 +396,9 @@ class Exchange:
         row_weight = None if row_weight is None else row_weight.contiguous()
         return self._leave(rows, plan, row_weight, channel, num_sms)
 
-    def fetch(self, departure: Departure, plan: Plan, *, num_sms: int | None = None):
+    def fetch(
+        self, departure: Departure[Result], plan: Plan, *, num_sms: int | None = None
+    ) -> Result:
         """The communication of a combine. Collective.
 
         Returns y [T, H], each token's sum; a pair of it and the scalars [T, K] if :meth:`leave` was
@@ -315,21 +407,36 @@ class Exchange:
         self._check_call(plan, departure.channel)
         self._check_num_sms(num_sms)
         y, topk_weight = self._fetch(departure, plan, num_sms)
-        return (y, topk_weight) if departure.weighted else y
+        return cast(Result, (y, topk_weight) if departure.weighted else y)
 
-    def _send(self, x, plan, topk_weight, channel, payload, num_sms) -> Arrival:
+    def _send(
+        self,
+        x: Tensor,
+        plan: Plan,
+        topk_weight: Tensor | None,
+        channel: str,
+        payload: str | None,
+        num_sms: int | None,
+    ) -> Arrival[Any]:
         with named_range("dualpipe_ext::send"):
             return self._opened().send(x, plan, topk_weight, channel, payload, num_sms)
 
-    def _arrive(self, arrival, plan, num_sms) -> Weighted:
+    def _arrive(self, arrival: Arrival[Any], plan: Plan, num_sms: int | None) -> Weighted:
         with named_range("dualpipe_ext::arrive"):
             return self._opened().arrive(arrival, plan, num_sms)
 
-    def _leave(self, rows, plan, row_weight, channel, num_sms) -> Departure:
+    def _leave(
+        self,
+        rows: Tensor | None,
+        plan: Plan,
+        row_weight: Tensor | None,
+        channel: str,
+        num_sms: int | None,
+    ) -> Departure[Any]:
         with named_range("dualpipe_ext::leave"):
             return self._opened().leave(rows, plan, row_weight, channel, num_sms)
 
-    def _fetch(self, departure, plan, num_sms) -> Weighted:
+    def _fetch(self, departure: Departure[Any], plan: Plan, num_sms: int | None) -> Weighted:
         with named_range("dualpipe_ext::fetch"):
             return self._opened().fetch(departure, plan, num_sms)
 
@@ -353,7 +460,7 @@ class Exchange:
     def __enter__(self) -> Exchange:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -384,7 +491,7 @@ class Exchange:
             )
         return count
 
-    def _opened(self) -> Backend:
+    def _opened(self) -> Backend[Any]:
         if self._backend is None:
             raise ExchangeClosedError("this Exchange is closed: make a new one")
         return self._backend
@@ -399,7 +506,14 @@ class Exchange:
                 f"call plan() of an exchange with the same sizes"
             )
 
-    def _check_dispatch(self, x, plan: Plan, channel: str, topk_weight, payload) -> None:
+    def _check_dispatch(
+        self,
+        x: Tensor,
+        plan: Plan,
+        channel: str,
+        topk_weight: Tensor | None,
+        payload: str | None,
+    ) -> None:
         self._check_call(plan, channel)
         self._check_rows("x", x, plan.num_tokens, "T")
         if topk_weight is not None:
@@ -416,7 +530,7 @@ class Exchange:
                 f"H={self.hidden}: leave payload out"
             )
 
-    def _check_combine(self, rows, plan: Plan, row_weight) -> None:
+    def _check_combine(self, rows: Tensor, plan: Plan, row_weight: Tensor | None) -> None:
         self._check_rows("rows", rows, plan.num_rows, "R")
         if row_weight is not None:
             _check_tensor("row_weight", row_weight, self._weight_dtype, self.device)
@@ -438,7 +552,7 @@ class Exchange:
                 f'{what} needs unique rows: make the Exchange with form="unique", not {self.form!r}'
             )
 
-    def _check_rows(self, name: str, tensor: torch.Tensor, count: int, letter: str) -> None:
+    def _check_rows(self, name: str, tensor: Tensor, count: int, letter: str) -> None:
         _check_tensor(name, tensor, self.dtype, self.device)
         _check_shape(name, tensor, [count, self.hidden], f"[{letter}, H]")
 
@@ -447,7 +561,16 @@ class _Dispatch(torch.autograd.Function):
     """A dispatch of rows, and of a scalar a route. Its transpose is a combine."""
 
     @staticmethod
-    def forward(ctx, x, topk_weight, exchange, plan, channel, payload, num_sms):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        topk_weight: Tensor | None,
+        exchange: Exchange,
+        plan: Plan,
+        channel: str,
+        payload: str | None,
+        num_sms: int | None,
+    ) -> Weighted:
         ctx.exchange, ctx.plan, ctx.weighted = exchange, plan, topk_weight is not None
         ctx.num_sms = num_sms
         weight = None if topk_weight is None else topk_weight.contiguous()
@@ -456,7 +579,7 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_rows, d_weight):
+    def backward(ctx: Any, d_rows: Tensor, d_weight: Any) -> Any:
         weight = d_weight.contiguous() if ctx.weighted else None
         how = ctx.plan, ctx.num_sms
         departure = ctx.exchange._leave(d_rows.contiguous(), how[0], weight, "backward", how[1])
@@ -467,7 +590,15 @@ class _Combine(torch.autograd.Function):
     """A combine of rows, and of a scalar a row. Its transpose is a dispatch."""
 
     @staticmethod
-    def forward(ctx, rows, row_weight, exchange, plan, channel, num_sms):
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        row_weight: Tensor | None,
+        exchange: Exchange,
+        plan: Plan,
+        channel: str,
+        num_sms: int | None,
+    ) -> Weighted:
         ctx.exchange, ctx.plan, ctx.weighted = exchange, plan, row_weight is not None
         ctx.num_sms = num_sms
         weight = None if row_weight is None else row_weight.contiguous()
@@ -476,7 +607,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_y, d_weight):
+    def backward(ctx: Any, d_y: Tensor, d_weight: Any) -> Any:
         weight = d_weight.contiguous() if ctx.weighted else None
         sent = d_y.contiguous(), ctx.plan, weight, "backward", None, ctx.num_sms
         arrival = ctx.exchange._send(*sent)
@@ -499,8 +630,8 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
     return device
 
 
-def _check_tensor(name: str, tensor, dtype: torch.dtype, device: torch.device) -> None:
-    if not isinstance(tensor, torch.Tensor):
+def _check_tensor(name: str, tensor: object, dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}: pass a torch.Tensor")
     if tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype}, the exchange takes {dtype}: use .to({dtype})")
@@ -508,7 +639,7 @@ def _check_tensor(name: str, tensor, dtype: torch.dtype, device: torch.device) -
         raise ValueError(f"{name} is on {tensor.device}, the exchange on {device}: move it there")
 
 
-def _check_shape(name: str, tensor: torch.Tensor, expected: list[int], letters: str) -> None:
+def _check_shape(name: str, tensor: Tensor, expected: list[int], letters: str) -> None:
     if list(tensor.shape) != expected:
         raise ValueError(
             f"{name} has shape {list(tensor.shape)}, not {letters} = {expected}: "

@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,9 +48,12 @@ class NvlinkPlan(Plan):
     @cached_property
     def num_rows(self) -> int:
         if self.header is None:
+            assert self.max_rows is not None
             return self.max_rows
+        assert self.header_ready is not None
         self.header_ready.synchronize()
         self.check()
+        rows: int
         rows, found, rank, token, k, value = self.header[:6].tolist()
         if found:
             raise bad_index_error(rank, token, k, value, self.layout.num_experts)
@@ -59,9 +63,11 @@ class NvlinkPlan(Plan):
         """[P] rows this rank sends to each in a dispatch or a combine; the most if unknown."""
         if self.header is None:
             return [self.layout.max_tokens] * self.layout.world_size
+        assert self.header_ready is not None
         self.header_ready.synchronize()
         first = 6 + (_C.MAX_RANKS if combine else 0)
-        return self.header[first : first + self.layout.world_size].tolist()
+        tokens: list[int] = self.header[first : first + self.layout.world_size].tolist()
+        return tokens
 
 
 class NvlinkBackend:
@@ -88,7 +94,7 @@ class NvlinkBackend:
         # Read before every call: 5 us through torch.
         self._words = (ctypes.c_int64 * _C.FAULT_WORDS).from_address(self._fault.data_ptr())
         self._unread_header = torch.zeros(_C.HEADER_WORDS, dtype=torch.int32, device=device)
-        sizes = dict(
+        sizes: dict[str, Any] = dict(
             rank=layout.rank,
             ranks=layout.world_size,
             device=device.index,
@@ -170,13 +176,14 @@ class NvlinkBackend:
     def check(self) -> None:
         """Raise what kernels reported: a lost peer, or what a plan under max_rows found."""
         self.check_peers()
-        rows, bad, *index = self._words[_C.FAULT_ROWS_NEEDED :]
+        rows, bad, rank, token, k, value = self._words[_C.FAULT_ROWS_NEEDED :]
         if rows:
             self._words[_C.FAULT_ROWS_NEEDED] = 0
+            assert self.max_rows is not None  # else kernels report none
             raise RowsOverflowError(rank=self.layout.rank, needed=rows, max_rows=self.max_rows)
         if bad:
             self._words[_C.FAULT_BAD_INDEX] = 0
-            raise bad_index_error(*index, self.layout.num_experts)
+            raise bad_index_error(rank, token, k, value, self.layout.num_experts)
 
     def check_peers(self) -> None:
         """Raise what a wait for a peer reported."""

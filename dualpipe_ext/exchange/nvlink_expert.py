@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .backend import Arrival, Departure, ExpertRows, Weighted
@@ -42,7 +44,9 @@ class NvlinkExpertBackend(NvlinkBackend):
         )
         return ExpertRows(rows, row_weight, channel)
 
-    def arrive(self, arrival: Arrival, plan: NvlinkPlan, num_sms: int | None = None) -> Weighted:
+    def arrive(
+        self, arrival: Arrival[Any], plan: NvlinkPlan, num_sms: int | None = None
+    ) -> Weighted:
         assert isinstance(arrival, ExpertRows)
         return arrival.rows, arrival.row_weight
 
@@ -53,10 +57,12 @@ class NvlinkExpertBackend(NvlinkBackend):
         row_weight: torch.Tensor | None,
         channel: str,
         num_sms: int | None = None,
-    ) -> Departure:
+    ) -> Departure[Any]:
         return Departure(channel, row_weight is not None, rows, row_weight)
 
-    def fetch(self, departure: Departure, plan: NvlinkPlan, num_sms: int | None = None) -> Weighted:
+    def fetch(
+        self, departure: Departure[Any], plan: NvlinkPlan, num_sms: int | None = None
+    ) -> Weighted:
         self.check_peers()
         assert departure.rows is not None
         rows = aligned(departure.rows)

@@ -7,6 +7,7 @@ from the inbox into expert order, and add up what goes into the outbox.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class NvlinkUniqueBackend(NvlinkBackend):
 
     unique = True
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._channels = {name: self._make_channel(name) for name in CHANNEL_INDEX}
 
@@ -83,7 +84,9 @@ class NvlinkUniqueBackend(NvlinkBackend):
         rows, scales = (parts.inbox_fp8, parts.inbox_scale) if fp8 else (parts.inbox, None)
         return UniqueRows(rows, scales, weights, channel, (), lambda: self._release(channel))
 
-    def arrive(self, arrival: Arrival, plan: NvlinkPlan, num_sms: int | None = None) -> Weighted:
+    def arrive(
+        self, arrival: Arrival[Any], plan: NvlinkPlan, num_sms: int | None = None
+    ) -> Weighted:
         assert isinstance(arrival, UniqueRows)
         try:
             rows, row_weight = self.row_tensors(plan, arrival.topk_weight is not None)
@@ -110,7 +113,7 @@ class NvlinkUniqueBackend(NvlinkBackend):
         row_weight: torch.Tensor | None,
         channel: str,
         num_sms: int | None = None,
-    ) -> Departure:
+    ) -> Departure[Any]:
         self.check_peers()
         self.kernels.wait_outbox(CHANNEL_INDEX[channel], self.stream())
         parts, weighted = self._channels[channel], row_weight is not None
@@ -126,7 +129,9 @@ class NvlinkUniqueBackend(NvlinkBackend):
             )
         return Departure(channel, weighted, sums=parts.outbox)
 
-    def fetch(self, departure: Departure, plan: NvlinkPlan, num_sms: int | None = None) -> Weighted:
+    def fetch(
+        self, departure: Departure[Any], plan: NvlinkPlan, num_sms: int | None = None
+    ) -> Weighted:
         self.check_peers()
         channel, weighted = departure.channel, departure.weighted
         y, topk_weight = self.home_tensors(plan, weighted)

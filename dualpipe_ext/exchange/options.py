@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,8 +98,8 @@ def agree_on_backend(
         KernelCompileError: backend="nvlink", and kernels do not compile on some rank.
         DualPipeError: a rank did not come.
     """
-    mine = {"options": options, "host": host_identity(), "rendezvous": PeerMemory.rendezvous}
-    mine |= {"error": None, "choice": None, "obstacle": None}
+    mine: dict[str, Any] = {"options": options, "host": host_identity()}
+    mine |= {"rendezvous": PeerMemory.rendezvous, "error": None, "choice": None, "obstacle": None}
     world_size = 1 if group is None else dist.get_world_size(group)
     try:
         options.check(world_size)
@@ -107,7 +108,7 @@ def agree_on_backend(
         mine["obstacle"] = _kernel_obstacle(options, mine["choice"][0], device)
     except (TypeError, ValueError, KernelCompileError) as error:
         mine["error"] = error
-    everyone = Agreement(group, OPENING).gather("open the exchange", mine)
+    everyone: list[Any] = Agreement(group, OPENING).gather("open the exchange", mine)
     for rank, theirs in enumerate(everyone):
         if theirs["error"] is not None:
             raise type(theirs["error"])(f"rank {rank}: {theirs['error']}")

@@ -8,6 +8,7 @@ a token once to every rank, and its sums come home route by route all the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -129,7 +130,7 @@ class ReferenceBackend:
         channel: str,
         payload: str | None = None,
         num_sms: int | None = None,
-    ) -> Arrival:
+    ) -> Arrival[Any]:
         if self.unique:
             return self._send_unique(x, plan, topk_weight, channel, payload)
         rows = x.new_zeros(plan.rows, x.shape[1])
@@ -161,7 +162,9 @@ class ReferenceBackend:
         tensors = tuple(t for t in (rows, scales, topk_weight) if t is not None)
         return UniqueRows(rows, scales, topk_weight, channel, tensors, lambda: None)
 
-    def arrive(self, arrival: Arrival, plan: ReferencePlan, num_sms: int | None = None) -> Weighted:
+    def arrive(
+        self, arrival: Arrival[Any], plan: ReferencePlan, num_sms: int | None = None
+    ) -> Weighted:
         if isinstance(arrival, ExpertRows):
             return arrival.rows, arrival.row_weight
         assert isinstance(arrival, UniqueRows)
@@ -184,7 +187,7 @@ class ReferenceBackend:
         row_weight: torch.Tensor | None,
         channel: str,
         num_sms: int | None = None,
-    ) -> Departure:
+    ) -> Departure[Any]:
         sums = None
         if rows is None:
             shape = (self.layout.world_size, self.layout.max_tokens, self.hidden)
@@ -192,7 +195,7 @@ class ReferenceBackend:
         return Departure(channel, row_weight is not None, rows, row_weight, sums)
 
     def fetch(
-        self, departure: Departure, plan: ReferencePlan, num_sms: int | None = None
+        self, departure: Departure[Any], plan: ReferencePlan, num_sms: int | None = None
     ) -> Weighted:
         if departure.sums is not None:
             return self._fetch_sums(departure.sums, plan), None
@@ -289,7 +292,7 @@ class ReferenceBackend:
 
 def _unique_tables(
     my_owner_TK: torch.Tensor, here_PTK: torch.Tensor, slots: torch.Tensor
-) -> dict[str, torch.Tensor | list[int]]:
+) -> dict[str, Any]:
     """The plan's fields for tokens that cross once a rank.
 
     my_owner_TK holds the rank of each of my routes, here_PTK whether a route leads to this rank.

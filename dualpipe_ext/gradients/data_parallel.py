@@ -8,6 +8,8 @@ weight gradient. It uses what torch.distributed.pipelining uses for the same pur
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -53,7 +55,7 @@ class GradientSync:
                 module.reshard()
 
 
-def _sharded_modules(module: nn.Module) -> list:
+def _sharded_modules(module: nn.Module) -> list[Any]:
     """The FSDP2 modules of a stage, its root first."""
     if not torch.distributed.is_available():
         return []

@@ -9,12 +9,13 @@ backward and leaves the second there; `run` computes it and adds it as autograd 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..compat import call_post_accumulate_hooks, has_tensor_hooks
 from ..ops.operator import autocast_off
@@ -28,6 +29,9 @@ __all__ = [
     "linear",
     "run_backward",
 ]
+
+# Of parameters' gradients so far; see `WeightGradients.add`.
+Compute = Callable[[list[Tensor | None]], Sequence[Tensor | None]]
 
 # Who collects in the forward that runs now: a name for it, the gradients themselves are in objects.
 _collector: ContextVar["WeightGradients | None"] = ContextVar("collector", default=None)
@@ -46,7 +50,7 @@ class WeightGradients:
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Sequence[nn.Parameter], Callable]] = []
+        self._waiting: list[tuple[Sequence[nn.Parameter], Compute]] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -60,7 +64,7 @@ class WeightGradients:
         finally:
             _collector.reset(token)
 
-    def add(self, parameters: Sequence[nn.Parameter], compute: Callable) -> None:
+    def add(self, parameters: Sequence[nn.Parameter], compute: Compute) -> None:
         """`run` will call `compute(totals)` and add what it returns to the parameters' gradients.
 
         A total is a parameter's gradient so far where it may be added to in place, else None. For
@@ -101,8 +105,12 @@ def _is_watched(parameter: nn.Parameter) -> bool:
     (DDP's are). A node that nobody keeps goes with what is written on it."""
     if has_tensor_hooks(parameter) or torch.is_inference_mode_enabled():
         return True
-    get_gradient_edge(parameter).node.metadata["dualpipe_ext"] = "seen"
-    return "dualpipe_ext" in get_gradient_edge(parameter).node.metadata
+    _metadata(parameter)["dualpipe_ext"] = "seen"
+    return "dualpipe_ext" in _metadata(parameter)
+
+
+def _metadata(parameter: nn.Parameter) -> Any:  # a dict, which torch declares as a method
+    return get_gradient_edge(parameter).node.metadata
 
 
 def accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
@@ -124,7 +132,9 @@ def accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | 
         run_backward(leaves, found)
 
 
-def run_backward(ends: Sequence, gradients: Sequence[Tensor]) -> None:
+def run_backward(
+    ends: Sequence[Tensor] | Sequence[GradientEdge], gradients: Sequence[Tensor]
+) -> None:
     """torch.autograd.backward in this thread: autograd's own for a GPU is a hand-over away."""
     with torch.autograd.set_multithreading_enabled(False):
         torch.autograd.backward(ends, gradients)
@@ -145,7 +155,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     parameters = (weight,) if bias is None else (weight, bias)
-    return _DelayedLinear.apply(x, parameters, store)
+    y: Tensor = _DelayedLinear.apply(x, parameters, store)
+    return y
 
 
 class _DelayedLinear(torch.autograd.Function):
@@ -155,7 +166,9 @@ class _DelayedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, parameters, store):
+    def forward(
+        ctx: Any, x: Tensor, parameters: Sequence[nn.Parameter], store: WeightGradients
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.parameters, ctx.store = parameters, store
         with autocast_off(x.device.type):
@@ -163,7 +176,7 @@ class _DelayedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         add_linear(ctx.store, ctx.parameters, x, dy)
         return dy @ ctx.parameters[0].to(dy.dtype), None, None
@@ -174,9 +187,9 @@ def add_linear(
 ) -> None:
     """Leaves the gradients of a linear layer's weight, and of its bias, for `store.run`."""
 
-    def compute(totals):
+    def compute(totals: list[Tensor | None]) -> list[Tensor | None]:
         dy_2d, x_2d = dy.flatten(0, -2), x.flatten(0, -2)
-        gradients = [None] * len(parameters)
+        gradients: list[Tensor | None] = [None] * len(parameters)
         added = totals[0] is not None and _add_product(totals[0], dy_2d.T, x_2d)
         if parameters[0].requires_grad and not added:
             gradients[0] = dy_2d.T @ x_2d

@@ -6,10 +6,11 @@ by itself: a `Segment` cuts the graph at its inputs and outputs.
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from .delayed import WeightGradients, run_backward
@@ -33,29 +34,34 @@ class Segment:
             random numbers (torch.utils.checkpoint, not reentrant).
     """
 
-    def __init__(self, function: Callable, *, grad: bool = True, recompute: bool = False) -> None:
-        self._function, self._grad, self._recompute = function, grad, recompute
+    def __init__(
+        self, function: Callable[..., Any], *, grad: bool = True, recompute: bool = False
+    ) -> None:
+        self._function: Callable[..., Any] | None = function
+        self._grad, self._recompute = grad, recompute
         self._weights = WeightGradients()
         self._leaves: tuple[Tensor, ...] = ()
-        self._ends: tuple = ()
+        self._ends: tuple[GradientEdge | None, ...] = ()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The outputs, cut off from the graph. Floating inputs get a gradient, others do not."""
+        function = self._function
+        assert function is not None, "a segment's forward runs once"
         if not self._grad:
             with torch.no_grad():
-                return _as_tuple(self._function(*inputs))
+                return _as_tuple(function(*inputs))
         leaves = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
         with torch.enable_grad(), self._weights.collect():
             if self._recompute:
                 outputs = checkpoint(
-                    self._function,
+                    function,
                     *leaves,
                     use_reentrant=False,
                     # The second run must save what the first did, so `linear` collects there, too.
                     context_fn=lambda: (nullcontext(), self._weights.collect()),
                 )
             else:
-                outputs = self._function(*leaves)
+                outputs = function(*leaves)
         outputs = _as_tuple(outputs)
         # Ends of the graph and not tensors: what was sent away need not stay in memory.
         self._ends = tuple(get_gradient_edge(y) if y.requires_grad else None for y in outputs)
@@ -70,7 +76,8 @@ class Segment:
             if end is not None and gradient is not None
         ]
         if reached:
-            run_backward(*map(list, zip(*reached, strict=True)))
+            ends, given = zip(*reached, strict=True)
+            run_backward(ends, given)
         found = tuple(leaf.grad for leaf in self._leaves)
         self._leaves = self._ends = ()
         return found

@@ -6,6 +6,7 @@ Runtimes that know autograd only find their way through it, and an adapter finds
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,8 @@ class AutogradStage(nn.Module):
             return chunk.outputs
         # Whole numbers carry no graph: without it a first stage would get no backward.
         anchor = torch.empty(0, requires_grad=True)
-        return _Run.apply(self, chunk, anchor, *inputs)
+        outputs: tuple[Tensor, ...] = _Run.apply(self, chunk, anchor, *inputs)
+        return outputs
 
     def prepare(self, chunk: StageChunk) -> None:
         """The next call returns this chunk, which has run, instead of running one."""
@@ -72,7 +74,9 @@ class _Run(torch.autograd.Function):
     """A chunk's place on the graph. `gradients` of the inputs are there once a pair has run it."""
 
     @staticmethod
-    def forward(ctx, module, chunk, anchor, *inputs):
+    def forward(
+        ctx: Any, module: AutogradStage, chunk: StageChunk, anchor: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.module, ctx.chunk, ctx.inputs, ctx.gradients = module, chunk, inputs, None
         outputs, chunk.outputs = chunk.outputs, ()
         ctx.set_materialize_grads(False)
@@ -82,7 +86,7 @@ class _Run(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         found = ctx.gradients
         if ctx.module.shapes_only:
             found = [torch.zeros_like(x) if x.requires_grad else None for x in ctx.inputs]
@@ -93,7 +97,7 @@ class _Run(torch.autograd.Function):
         return None, None, None, *found
 
 
-def find_run(tensor: Tensor):
+def find_run(tensor: Tensor) -> Any:
     """The node of the chunk that `tensor`, an output or the loss computed from one, came from.
 
     Raises ValueError if there is none.
@@ -113,7 +117,7 @@ def find_run(tensor: Tensor):
 
 
 def gradients_from_loss(
-    loss: Tensor, run, *, keep_graph: bool = False
+    loss: Tensor, run: Any, *, keep_graph: bool = False
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the chunk's outputs. Parameters of the criterion itself get none."""
     numbers = [i for i, floating in enumerate(run.floating) if floating]

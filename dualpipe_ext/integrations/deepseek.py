@@ -13,12 +13,14 @@ gradients off through `WeightGradStore`: both lead here. Outputs are fresh tenso
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..blocks.pair import OverlappedPair
-from ..blocks.stage import TransformerStage
+from ..blocks.stage import Criterion, TransformerStage
 from .autograd_stage import AutogradStage, find_run, gradients_from_loss
 
 __all__ = ["DualPipeStage"]
@@ -32,12 +34,14 @@ class DualPipeStage(AutogradStage):
     """
 
     def __init__(
-        self, stage: TransformerStage, *, pair: OverlappedPair | None = None, store=None
+        self, stage: TransformerStage, *, pair: OverlappedPair | None = None, store: Any = None
     ) -> None:
         super().__init__(stage, pair=pair, delay=self._put_off)
         if store is None:
             try:
-                from dualpipe.utils import WeightGradStore as store
+                from dualpipe.utils import WeightGradStore
+
+                store = WeightGradStore
             except ImportError:
                 store = None
         self.store = store
@@ -50,8 +54,16 @@ class DualPipeStage(AutogradStage):
 
     @classmethod
     def overlapped_forward_backward(
-        cls, module0, inputs0, criterion0, labels0, module1, loss1, outputs1, output_grads1
-    ):
+        cls,
+        module0: AutogradStage,
+        inputs0: Sequence[Tensor],
+        criterion0: Criterion | None,
+        labels0: Sequence[Tensor],
+        module1: AutogradStage,
+        loss1: Tensor | None,
+        outputs1: Sequence[Tensor],
+        output_grads1: Sequence[Tensor | None],
+    ) -> tuple[list[Tensor], Tensor | None]:
         """A forward of `module0` with the whole backward of an earlier chunk of `module1`.
 
         Returns module0's outputs, a list, and its loss or None; leaves gradients in module1's
@@ -72,7 +84,8 @@ class DualPipeStage(AutogradStage):
             if dx is not None and x.requires_grad
         ]
         if reached:
-            torch.autograd.backward(*map(list, zip(*reached, strict=True)))
+            ends, given_ends = zip(*reached, strict=True)
+            torch.autograd.backward(ends, given_ends)
         run.chunk = run.inputs = None
         if loss1 is not None:
             loss1.detach_()

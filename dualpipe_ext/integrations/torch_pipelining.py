@@ -17,6 +17,7 @@ schedule.step(...)
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ..blocks.pair import OverlappedPair
 from ..blocks.stage import TransformerStage
@@ -47,7 +48,7 @@ class PipelinedStage(AutogradStage):
         return run
 
 
-def overlap_pairs(schedule) -> None:
+def overlap_pairs(schedule: Any) -> None:
     """Let `schedule` run every OVERLAP_F_B action, a forward and a full backward, as one pair.
 
     Its stages' modules are `PipelinedStage`s. Their forward and backward bookkeeping stays torch's:
@@ -74,13 +75,13 @@ def overlap_pairs(schedule) -> None:
     schedule.register_custom_function(OVERLAP_F_B, _run_pair)
 
 
-def _shield_from_inference(stage) -> None:
+def _shield_from_inference(stage: Any) -> None:
     """torch asks a stage for gradients once to learn their shapes: no weight must see those."""
     compute = getattr(stage, "_compute_input_grads", None)
     if compute is None:  # an older torch does not ask
         return
 
-    def compute_shapes(*args, **kwargs):
+    def compute_shapes(*args: Any, **kwargs: Any) -> Any:
         stage.submod.shapes_only = True
         try:
             return compute(*args, **kwargs)
@@ -90,7 +91,7 @@ def _shield_from_inference(stage) -> None:
     stage._compute_input_grads = compute_shapes
 
 
-def _run_pair(action, context) -> None:
+def _run_pair(action: Any, context: Any) -> None:
     schedule = context.schedule_ref
     stages = {stage.stage_index: stage for stage in schedule._stages}
     forward, backward = action.sub_actions
@@ -122,7 +123,9 @@ def _run_pair(action, context) -> None:
         stages[b.stage_index - 1].set_local_bwd_input(b.get_local_bwd_output(j), j)
 
 
-def _wait(operations: dict, stage, microbatch: int, received: bool) -> None:
+def _wait(
+    operations: dict[tuple[int, int], Any], stage: Any, microbatch: int, received: bool
+) -> None:
     if received:
         for work in operations.pop((stage.stage_index, microbatch)):
             work.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from .moves import is_by_expert
 __all__ = ["load_optimizer_state_dict", "optimizer_state_dict"]
 
 
-def optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """``optimizer.state_dict()`` in which rank r holds the state of its experts [r·L, (r+1)·L).
 
     It does not depend on where the experts of the model's :class:`~dualpipe_ext.MoELayer` s are,
@@ -27,7 +28,7 @@ def optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
 
 
 def load_optimizer_state_dict(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> None:
     """Loads what :func:`optimizer_state_dict` saved, into any placement. All ranks call it.
 
@@ -47,8 +48,8 @@ def load_optimizer_state_dict(
 
 
 def _convert(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping, saving: bool
-) -> dict:
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any], saving: bool
+) -> dict[int, Any]:
     """The "state" part with every tensor by expert put into logical order, or into slots."""
     layers = {
         id(weight): layer
@@ -68,8 +69,8 @@ def _convert(
 
 
 def _convert_entry(
-    entry: Mapping, parameter: Tensor, num_rows: int, convert: Callable[[Tensor], Tensor]
-) -> dict:
+    entry: Mapping[str, Any], parameter: Tensor, num_rows: int, convert: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
     return {
         key: convert(value) if is_by_expert(value, parameter, num_rows) else value
         for key, value in entry.items()

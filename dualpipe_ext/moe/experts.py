@@ -6,17 +6,17 @@ group, L = E / P experts and S = R / P slots of a rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..balance.load import LoadWindow
 from ..balance.placement import ExpertPlacement, SlotTables
 from ..ranks.agreement import Agreement
-from ..ranks.groups import process_group
+from ..ranks.groups import Group, process_group
 from ..ranks.row_transfer import RowTransfer
 from .moves import gradient_of, list_expert_tensors, move_experts
 
@@ -43,7 +43,7 @@ class PlacedExperts(nn.Module):
         expert_hidden: int,
         num_experts: int,
         num_slots: int | None,
-        group: dist.ProcessGroup | DeviceMesh | None,
+        group: Group,
         load_decay: float,
         dtype: torch.dtype,
         device: torch.device | str | None,
@@ -60,7 +60,8 @@ class PlacedExperts(nn.Module):
         self._agreement: Agreement | None = None
         self._load = LoadWindow(num_experts, load_decay)
 
-        like, size = {"dtype": dtype, "device": device}, self.num_local_slots
+        like: dict[str, Any] = {"dtype": dtype, "device": device}
+        size = self.num_local_slots
         self.w13 = nn.Parameter(torch.empty(size, 2 * expert_hidden, hidden, **like))
         self.w2 = nn.Parameter(torch.empty(size, hidden, expert_hidden, **like))
         self._mark_expert_parameters()
@@ -188,7 +189,7 @@ class PlacedExperts(nn.Module):
         if not self._placement.has_copies:
             return
         if self._copies_sum is None:
-            wanted = [{} for _ in range(self.world_size)]
+            wanted: list[dict[int, tuple[int, ...]]] = [{} for _ in range(self.world_size)]
             for slots in self._placement.slots_of_expert:
                 for slot in slots if len(slots) > 1 else ():
                     rank, local = divmod(slot, self.num_local_slots)
@@ -278,13 +279,22 @@ class PlacedExperts(nn.Module):
                 state[name] = full.flatten(0, 1)
         return state
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in WEIGHTS:
             destination[prefix + name] = self.to_logical(destination[prefix + name])
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         state_dict = dict(state_dict)
         for name in WEIGHTS:
@@ -323,15 +333,18 @@ class PlacedExperts(nn.Module):
     def _weights(self) -> dict[str, nn.Parameter]:
         return {name: getattr(self, name) for name in WEIGHTS}
 
-    def _transfer(self, wanted, rows_per_rank: int) -> RowTransfer:
+    def _transfer(
+        self, wanted: Sequence[Mapping[int, tuple[int, ...]]], rows_per_rank: int
+    ) -> RowTransfer:
         device = self.w13.device
         return RowTransfer(wanted, rows_per_rank, rank=self.rank, group=self.group, device=device)
 
     def _mark_expert_parameters(self) -> None:
-        self.w13.expert_parallel = self.w2.expert_parallel = True
+        for weight in (self.w13, self.w2):
+            weight.expert_parallel = True  # type: ignore[attr-defined]  # for who reduces gradients
 
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not type it
         self._mark_expert_parameters()  # to_empty() of a meta layer makes new parameters
         self._copies_sum = None  # its indices are on the device
         return self

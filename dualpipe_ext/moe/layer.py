@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..exchange.exchange import Exchange
 from ..gradients.delayed import linear
@@ -21,6 +21,7 @@ from ..ops.block_ops import swiglu
 from ..ops.grouped_fp8 import check_fp8, is_fp8
 from ..ops.grouped_mlp import grouped_mlp
 from ..ops.operator import autocast_off
+from ..ranks.groups import Group
 from ..triton_kernels.launch import available
 from .experts import PlacedExperts, check_multiples_of_8
 from .routed import RoutedFeedForward
@@ -121,6 +122,8 @@ class MoELayer(PlacedExperts, RoutedFeedForward):
         ValueError: sizes that do not fit each other, the group, a given exchange, or the precision.
     """
 
+    shared_expert: SharedExpert | None
+
     def __init__(
         self,
         *,
@@ -129,9 +132,9 @@ class MoELayer(PlacedExperts, RoutedFeedForward):
         num_experts: int,
         topk: int,
         num_slots: int | None = None,
-        group: dist.ProcessGroup | DeviceMesh | None = None,
+        group: Group = None,
         backend: str = "auto",
-        comm_sms: int = 16,
+        comm_sms: int | float = 16,
         form: str | None = None,
         max_rows: int | None = None,
         timeout: float = 100.0,
@@ -174,7 +177,7 @@ class MoELayer(PlacedExperts, RoutedFeedForward):
             self._check_exchange(exchange)
 
         self._owns_router = isinstance(router, str)
-        if self._owns_router:
+        if isinstance(router, str):
             wide = torch.promote_types(dtype, torch.float32)
             router = Router(hidden, num_experts, topk, kind=router, num_sms=num_sms, dtype=wide)
         self.router = router if device is None else router.to(device)
@@ -206,9 +209,11 @@ class MoELayer(PlacedExperts, RoutedFeedForward):
 
     def run_experts(self, rows: Tensor, row_weight: Tensor, expert_offsets: Tensor) -> Tensor:
         w13, w2 = (_cast(weight, rows.dtype) for weight in (self.w13, self.w2))
-        how = {"num_sms": self.num_sms, "precision": self.precision}
+        num_sms, precision = self.num_sms, self.precision
         with autocast_off(rows.device.type):
-            return grouped_mlp(rows, row_weight, w13, w2, expert_offsets, **how)
+            return grouped_mlp(
+                *(rows, row_weight, w13, w2, expert_offsets), num_sms=num_sms, precision=precision
+            )
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
@@ -225,7 +230,8 @@ class MoELayer(PlacedExperts, RoutedFeedForward):
             return
         generator = torch.Generator(self.w13.device).manual_seed(seed)
         if self._owns_router:
-            self.router.reset_parameters(self.init_std, generator)
+            router: Any = self.router
+            router.reset_parameters(self.init_std, generator)
         if self.shared_expert is not None:
             self.shared_expert.reset_parameters(self.init_std, generator)
         self._reset_experts(seed, self.init_std, generator)
@@ -235,8 +241,8 @@ class MoELayer(PlacedExperts, RoutedFeedForward):
         cls,
         dense: MoELayer | Mapping[str, Tensor],
         *,
-        group: dist.ProcessGroup | DeviceMesh | None = None,
-        **options,
+        group: Group = None,
+        **options: Any,
     ) -> MoELayer:
         """A sharded layer with the weights of an unsharded one; every rank passes all of them.
 
@@ -247,6 +253,7 @@ class MoELayer(PlacedExperts, RoutedFeedForward):
         Raises:
             ValueError: ``dense`` is sharded itself, or a state dict comes without ``topk``.
         """
+        state: Mapping[str, Tensor]
         if isinstance(dense, MoELayer):
             if dense.world_size != 1:
                 raise ValueError(
@@ -353,7 +360,7 @@ class MoELayer(PlacedExperts, RoutedFeedForward):
                     "among layers of equal sizes only; its experts are the layer's slots"
                 )
 
-    def _options(self) -> dict:
+    def _options(self) -> dict[str, Any]:
         """Constructor options that :meth:`from_dense` takes over."""
         return {
             "hidden": self.hidden,
@@ -380,7 +387,14 @@ class MoELayer(PlacedExperts, RoutedFeedForward):
 class SharedExpert(nn.Module):
     """A dense SwiGLU for every token: ``w13`` [2D, H] (gate, then up), ``w2`` [H, D]."""
 
-    def __init__(self, hidden: int, width: int, *, dtype: torch.dtype, device=None) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        width: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         self.w13 = nn.Parameter(torch.empty(2 * width, hidden, dtype=dtype, device=device))
         self.w2 = nn.Parameter(torch.empty(hidden, width, dtype=dtype, device=device))
@@ -411,11 +425,11 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     cast = weight.to(dtype)
     main_grad = getattr(weight, "main_grad", None)
     if cast is not weight and main_grad is not None:
-        cast.main_grad = main_grad
+        cast.main_grad = main_grad  # type: ignore[attr-defined]  # Megatron's, not torch's
     return cast
 
 
-def _options_from_shapes(state: Mapping[str, Tensor]) -> dict:
+def _options_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Sizes of an unsharded layer from its state dict."""
     num_experts, double_width, hidden = state["w13"].shape
     shared = state.get("shared_expert.w2")

@@ -11,7 +11,7 @@ error at their next collective.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -221,7 +221,7 @@ def _check(moves: list[_Move], rank: int) -> None:
 
 
 @contextmanager
-def _reported(rank: int, timeout: float):
+def _reported(rank: int, timeout: float) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:

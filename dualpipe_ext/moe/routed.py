@@ -48,8 +48,13 @@ class RoutedFeedForward(nn.Module):
         plan = exchange.plan(self.choose_slots(routes.topk_idx))
         # Queued between the plan and the dispatch, which waits on the host for its row count.
         shared_TH = None if self.shared_expert is None else self.run_shared(x_TH)
-        options = {"payload": self.payload, "num_sms": self.num_sms}
-        rows, row_weight = exchange.dispatch(x_TH, plan, topk_weight=routes.topk_weight, **options)
+        rows, row_weight = exchange.dispatch(
+            x_TH,
+            plan,
+            topk_weight=routes.topk_weight,
+            payload=self.payload,
+            num_sms=self.num_sms,
+        )
         out = self.run_experts(rows, row_weight, plan.expert_offsets)
         y_TH = exchange.combine(out, plan, num_sms=self.num_sms)
         if shared_TH is not None:
@@ -65,7 +70,8 @@ class RoutedFeedForward(nn.Module):
     def route(self, x_TH: Tensor) -> Routes:
         """The router's choice, outside of autocast."""
         with autocast_off(x_TH.device.type):
-            return self.router(x_TH)
+            routes: Routes = self.router(x_TH)
+            return routes
 
     def note_routes(self, aux_loss: Tensor, tokens_per_expert: Tensor) -> None:
         """Keeps what a forward leaves on the layer; aux_loss is weighted already."""
@@ -81,7 +87,8 @@ class RoutedFeedForward(nn.Module):
 
     def run_shared(self, x_TH: Tensor) -> Tensor:
         assert self.shared_expert is not None
-        return self.shared_expert(x_TH)
+        y_TH: Tensor = self.shared_expert(x_TH)
+        return y_TH
 
     def run_experts(self, rows: Tensor, row_weight: Tensor, expert_offsets: Tensor) -> Tensor:
         """out [R, H] of rows [R, H], row_weight [R] and expert_offsets [L + 1], with autograd."""
@@ -125,4 +132,5 @@ class RoutedExperts(RoutedFeedForward):
         return self.exchange
 
     def run_experts(self, rows: Tensor, row_weight: Tensor, expert_offsets: Tensor) -> Tensor:
-        return self.experts(rows, row_weight, expert_offsets)
+        out: Tensor = self.experts(rows, row_weight, expert_offsets)
+        return out

@@ -13,7 +13,8 @@ Two kinds:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,8 @@ class Router(nn.Module):
         ValueError: an unknown kind, K > E, or groups that do not divide E or leave fewer than K
             experts.
     """
+
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -154,7 +157,7 @@ class Router(nn.Module):
         """In a dtype that the fused operator takes."""
         return self.weight if self.weight.dtype == torch.bfloat16 else self.weight.float()
 
-    def kernel_options(self) -> tuple:
+    def kernel_options(self) -> tuple[Any, ...]:
         """Of `ops.route.route_operator`, behind the bias."""
         groups = self.n_groups, self.topk_groups
         num_sms = check_num_sms(self.num_sms)
@@ -199,10 +202,10 @@ class Router(nn.Module):
         direction = (count.sum() - count * self.num_experts).sign()
         self.bias.add_(direction.to(self.bias.dtype), alpha=self.bias_update_rate)
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         bias = self.bias
-        super()._apply(fn, recurse)
-        if bias is not None and self.bias.dtype != bias.dtype:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not type it
+        if bias is not None and self.bias is not None and self.bias.dtype != bias.dtype:
             self.bias = bias.to(self.bias.device)
         return self
 
@@ -211,7 +214,9 @@ class Router(nn.Module):
         return f"{self.kind}, hidden={self.hidden}, top-{self.topk} of {self.num_experts}{groups}"
 
 
-def _check_arguments(kind, num_experts, topk, n_groups, topk_groups) -> None:
+def _check_arguments(
+    kind: str, num_experts: int, topk: int, n_groups: int, topk_groups: int
+) -> None:
     if kind not in ("softmax", "sigmoid"):
         raise ValueError(f"router kind {kind!r} is unknown: use 'softmax' or 'sigmoid'")
     if not 1 <= topk <= num_experts:

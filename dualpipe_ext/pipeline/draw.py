@@ -4,11 +4,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
-from numbers import Real
 from pathlib import Path
 
 from .schedule import Action, Pair, Schedule
-from .simulate import Simulation, plain_number
+from .simulate import Simulation, Time, plain_number
 
 __all__ = ["describe_simulation", "draw_text", "save_plot", "to_svg"]
 
@@ -70,7 +69,7 @@ def describe_simulation(simulation: Simulation, width: int | None = None) -> str
             ("F", times.f),
             ("B", times.b),
             ("W", times.w),
-            ("F&B", times.fb),
+            ("F&B", times.pair),
             ("transfer", times.p2p),
         )
     )
@@ -153,7 +152,9 @@ def to_svg(simulation: Simulation) -> str:
     return "\n".join([*lines, "</svg>\n"])
 
 
-def _svg_cell(x, y, width, height, op: str, phase: int, label: str) -> list[str]:
+def _svg_cell(
+    x: float, y: float, width: float, height: float, op: str, phase: int, label: str
+) -> list[str]:
     *shades, light_text = COLOURS[op]
     cell = (
         f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{height}" fill="{shades[phase]}" '
@@ -229,7 +230,7 @@ def _phase(schedule: Schedule, action: Action) -> int:
     return int(action.direction == 1 or action.stage >= schedule.num_ranks)
 
 
-def _shortest(simulation: Simulation) -> Real:
+def _shortest(simulation: Simulation) -> Time:
     """The shortest action that takes time; 1 where none does."""
     lengths = {span.end - span.start for spans in simulation.spans for span in spans}
     return min((length for length in lengths if length > 0), default=1)

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,18 @@ from ..ranks.peer_memory import PeerMemory
 from .packing import Part, pack, unpack
 from .peer_links import LinkLayout, PeerLinks
 
-__all__ = ["AnyLinks", "GroupLinks", "HostLinks", "Links", "Moving", "NcclLinks"]
+__all__ = ["AnyLinks", "GroupLinks", "HostLinks", "InFlight", "Links", "Moving", "NcclLinks"]
+
+Connection: TypeAlias = Any  # torch's dist.Backend, which is declared without send and recv
+
+
+class InFlight(Protocol):
+    """An item on its way, in any kind of links."""
+
+    tensors: list[Tensor]
+
+    def is_completed(self) -> bool: ...
+    def wait(self) -> None: ...
 
 
 @dataclass
@@ -47,7 +59,7 @@ class Moving:
     """
 
     tensors: list[Tensor]
-    works: list[dist.Work]
+    works: list[Any]  # dist.Work
     limit: timedelta | None
 
     def is_completed(self) -> bool:
@@ -108,7 +120,10 @@ class NcclLinks:
         # comes after that.
         limit = 2 * seconds(agreement.timeout)
         self._own = open_chain(
-            agreement, lambda *place: _make_nccl(*place, limit), self.name, device
+            agreement,
+            lambda store, rank, size: _make_nccl(store, rank, size, limit),
+            self.name,
+            device,
         )
 
     def send(self, tensors: list[Tensor], target: int) -> Moving:
@@ -144,7 +159,7 @@ class HostLinks:
         self._limit = seconds(agreement.timeout)
         self._own = open_chain(
             agreement,
-            lambda *place: dist.ProcessGroupGloo(*place, self._limit),
+            lambda store, rank, size: dist.ProcessGroupGloo(store, rank, size, self._limit),
             self.name,
             torch.device("cpu"),
         )
@@ -226,7 +241,9 @@ class Links:
                 layout = self._peer.layout.joined(layout)
             if self._peer is None or self._peer.layout != layout:
                 self._open(layout)
-        self.current = self._peer if self._nccl is None else self._nccl
+        links = self._peer if self._nccl is None else self._nccl
+        assert links is not None
+        self.current = links
         self.reason = self._obstacle or "all GPUs reach each other"
 
     def check(self) -> None:
@@ -270,8 +287,11 @@ class Links:
 
 
 def open_chain(
-    agreement: Agreement, make: Callable, name: str, device: torch.device
-) -> dict[tuple[int, int], dist.Backend]:
+    agreement: Agreement,
+    make: Callable[[dist.Store, int, int], Connection],
+    name: str,
+    device: torch.device,
+) -> dict[tuple[int, int], Connection]:
     """`make(store, rank, size)` for this rank's neighbours and both ways, by (source, target).
 
     Along the chain, in one order on all ranks, because opening makes the host wait. The source has
@@ -303,7 +323,7 @@ def open_chain(
     return own
 
 
-def _make_nccl(store: dist.Store, rank: int, size: int, limit: timedelta) -> dist.Backend:
+def _make_nccl(store: dist.Store, rank: int, size: int, limit: timedelta) -> Connection:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = limit
     return dist.ProcessGroupNCCL(store, rank, size, options)

@@ -112,7 +112,7 @@ class _Leaving:
     producer: torch.cuda.Stream
 
     def is_completed(self) -> bool:
-        return self.through.query()
+        return bool(self.through.query())
 
     def wait(self) -> None:
         """The stream that made the tensors waits, and may reuse their memory then."""
@@ -202,6 +202,7 @@ class PeerLinks:
         """
         self.check()
         end = self._ends[self._rank, target]
+        assert end.stream is not None  # at the source
         end.sequence += 1
         slot = self._slot(self._rank, target, end.sequence)
         copies = [(slot + first, y.data_ptr(), y.nbytes) for first, y in _placed(tensors)]

@@ -6,22 +6,23 @@ for the time they take, `blocks/pair.py` for what happens inside an overlapped p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..blocks.pair import OverlappedPair
+from ..blocks.stage import Criterion
 from ..errors import DualPipeError, PeerTimeoutError
 from ..gradients.data_parallel import GradientSync, unwrap
 from ..ranks.agreement import Agreement, seconds
-from ..ranks.groups import process_group
+from ..ranks.groups import Group, process_group
 from .failure import Cause, Failure
 from .links import Links
+from .packing import Signature
 from .schedule import Schedule, build_schedule
 from .step import Batch, Step, cut_batch
 from .transfers import Transfers, incoming_bytes
@@ -31,6 +32,8 @@ __all__ = ["Pipeline", "StepResult"]
 
 SHAPES = 64  # of inputs, whose edges are kept
 LONGEST = 1e9  # seconds; kernels count a limit's nanoseconds in 64 bits
+
+Edges = dict[tuple[int, int], Signature | str]  # see `Transfers`
 
 
 class StepResult(NamedTuple):
@@ -49,7 +52,7 @@ class _Beginning(NamedTuple):
 
     num_chunks: int
     forward_only: bool
-    signature: tuple | None  # of a chunk's inputs, and what autocast makes of them
+    signature: tuple[Any, ...] | None  # of a chunk's inputs, and what autocast makes of them
     problem: str | None
     broken: bool  # the rank leaves: its GPU gave up waiting
 
@@ -114,7 +117,7 @@ class Pipeline:
         modules: nn.Module | Sequence[nn.Module],
         *,
         schedule: str = "dualpipev",
-        group: dist.ProcessGroup | DeviceMesh | None = None,
+        group: Group = None,
         device: torch.device | str | None = None,
         timeout: float = 100.0,
         weight_delay: str = "all",
@@ -122,8 +125,11 @@ class Pipeline:
         num_sms: int | None = None,
         recompute: bool = False,
     ) -> None:
-        single = isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList)
-        self.modules = (modules,) if single else tuple(modules)
+        self.modules: tuple[nn.Module, ...]
+        if isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList):
+            self.modules = (modules,)
+        else:
+            self.modules = tuple(modules)
         self.kind, self.group, self.timeout = schedule.lower(), process_group(group), timeout
         self.weight_delay, self.recompute = weight_delay, recompute
         # A wrong limit is an error on all ranks, for which this one waits as others do.
@@ -141,10 +147,10 @@ class Pipeline:
         self._schedule: Schedule | None = None
         # Of all ranks' inputs, in the step before; the edges that belong to them (`Transfers`);
         # what all ranks receive with them (`Links.choose`), None while that is learnt.
-        self._signatures: tuple | None = None
-        self._edges: dict = {}
+        self._signatures: tuple[Any, ...] | None = None
+        self._edges: Edges = {}
         self._needs: list[dict[int, int]] | None = None
-        self._learnt: dict[tuple, dict] = {}  # edges by signatures
+        self._learnt: dict[tuple[Any, ...], Edges] = {}  # edges by signatures
         self._generation = 0  # of edges
         self.failure = Failure()
         self._closed = False
@@ -153,7 +159,7 @@ class Pipeline:
         self,
         *inputs: Tensor,
         num_chunks: int,
-        criterion: Callable | None = None,
+        criterion: Criterion | None = None,
         labels: Sequence[Tensor] = (),
         batch_dim: int = 0,
         return_outputs: bool = False,
@@ -220,6 +226,7 @@ class Pipeline:
         """
         if self.kind != "dualpipe":
             return
+        assert self.group is not None  # of two ranks or more
         mirror = self.num_ranks - 1 - self.rank
         # Both ranks of a pair take the lower rank's first stage first.
         try:
@@ -257,7 +264,7 @@ class Pipeline:
 
     def _check(self) -> None:
         """Raise on every rank what is wrong on one."""
-        problem = None
+        problem: Exception | None = None
         try:
             # The least number of chunks that every kind takes: checks kind and number of ranks.
             schedule = build_schedule(self.kind, self.num_ranks, 2 * self.num_ranks)
@@ -298,10 +305,17 @@ class Pipeline:
         return found
 
     def _begin(
-        self, inputs, labels, criterion, num_chunks: int, batch_dim: int, forward_only: bool
+        self,
+        inputs: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        criterion: Criterion | None,
+        num_chunks: int,
+        batch_dim: int,
+        forward_only: bool,
     ) -> tuple[Schedule, Batch]:
         """The schedule and this rank's chunks, once all ranks agree."""
-        problem, batch, signature = None, Batch((), ()), None
+        problem: Exception | None = None
+        batch, signature = Batch((), ()), None
         try:
             self.links.check()
             if self._schedule is None or self._schedule.num_chunks != num_chunks:
@@ -317,6 +331,7 @@ class Pipeline:
         text = None if problem is None else str(problem)
         mine = _Beginning(num_chunks, forward_only, signature, text, broken)
         if broken:  # leave word and go: the rank that did not come may be gone
+            assert problem is not None
             self.failure.end(text)
             self._agreement.gather("begin the step", mine, wait=False)
             raise problem
@@ -343,6 +358,7 @@ class Pipeline:
         except Exception as error:  # the others go on, and wait up to the limit
             self.failure.end(f"{type(error).__name__}: {error}")
             raise
+        assert self._schedule is not None
         return self._schedule, batch
 
     def _end(self, transfers: Transfers) -> None:
@@ -367,6 +383,7 @@ class Pipeline:
                 failure.end(f"rank {rank} failed: {found}")
         failed = [(cause, rank) for rank, (found, cause, _) in enumerate(records) if found]
         if not failed:
+            assert self._signatures is not None  # since `_begin`
             self._learnt[self._signatures] = self._edges
             return
         self._learnt.clear()  # not all ranks may have learnt all
@@ -376,15 +393,16 @@ class Pipeline:
         _, rank = min(failed)  # causes come before what they led to
         raise DualPipeError(f"rank {rank} of the pipeline failed: {records[rank][0]}") from error
 
-    def _recall(self, signatures: tuple) -> None:
+    def _recall(self, signatures: tuple[Any, ...]) -> None:
         """Choose edges and links for a step with these inputs; alike on all ranks."""
         if signatures != self._signatures:
             self._signatures, self._needs = signatures, None
-            self._edges = self._learnt.get(signatures)
-            if self._edges is None:
-                self._edges = {}
+            edges = self._learnt.get(signatures)
+            if edges is None:
                 self._generation += 1
+            self._edges = {} if edges is None else edges
         if self._needs is None and signatures in self._learnt:
+            assert self._schedule is not None
             mine = incoming_bytes(self._schedule, self.rank, self._edges)
             self._needs = self._agreement.gather("tell the sizes of what it receives", mine)
         while len(self._learnt) > SHAPES:
@@ -393,7 +411,7 @@ class Pipeline:
 
 
 def _is_limit(timeout: object) -> bool:
-    return isinstance(timeout, Real) and 0 < timeout <= LONGEST
+    return isinstance(timeout, Real) and bool(0 < cast(Any, timeout) <= LONGEST)
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -407,7 +425,7 @@ def _sum_with(other: int, module: nn.Module, group: dist.ProcessGroup, timeout: 
 
     Raises RuntimeError if the other rank does not come. NCCL has a limit of its own.
     """
-    by_kind: dict[tuple, list[Tensor]] = {}
+    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue
@@ -438,7 +456,8 @@ def _sum_with(other: int, module: nn.Module, group: dist.ProcessGroup, timeout: 
 
 def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
     """In order, about 64 Mi numbers each: two of them are all that the sum needs beside."""
-    found, room = [[]], 0
+    found: list[list[Tensor]] = [[]]
+    room = 0
     for gradient in gradients:
         if found[-1] and gradient.numel() > room:
             found.append([])

@@ -21,6 +21,7 @@ Nothing here imports torch.
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 __all__ = ["KINDS", "Action", "Pair", "Schedule", "Transfer", "build_schedule"]
 
@@ -56,7 +57,7 @@ class Action:
             return None
         return ("F" if self.op == "F" else "I", self.stage, self.chunk, self.direction)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -74,7 +75,7 @@ class Pair:
     def parts(self) -> tuple[Action, ...]:
         return (self.forward, self.backward)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return {"op": "FB", **asdict(self)}
 
 
@@ -172,8 +173,10 @@ class Schedule:
                 yield rank, positions[rank]
                 positions[rank] += 1
                 for part in parts:
-                    done.add(part.makes)
-                    runnable.extend(blocked.pop(part.makes, ()))
+                    made = part.makes
+                    if made is not None:
+                        done.add(made)
+                        runnable.extend(blocked.pop(made, ()))
         if blocked:
             raise ValueError(self._deadlock_message(blocked, positions))
 
@@ -193,12 +196,13 @@ class Schedule:
         found = []
         for rank, actions in enumerate(self.actions):
             for position, action in enumerate(actions):
-                for key in (part.makes for part in action.parts):
-                    if key is None or not self._leaves_rank(key):
+                for part in action.parts:
+                    made = part.makes
+                    if made is None or not self._leaves_rank(made):
                         continue
-                    tensor = "activation" if key[0] == "F" else "gradient"
-                    target, needed = needed_by[key]
-                    found.append(Transfer(tensor, rank, target, *key[1:], position, needed))
+                    tensor = "activation" if made[0] == "F" else "gradient"
+                    target, needed = needed_by[made]
+                    found.append(Transfer(tensor, rank, target, *made[1:], position, needed))
         return tuple(found)
 
     def validate(self) -> None:
@@ -269,7 +273,7 @@ class Schedule:
 
     def _check_transfers(self) -> None:
         """Source and target agree on the order of the tensors of one kind between them."""
-        last: dict[tuple, Transfer] = {}
+        last: dict[tuple[int, int, str, int], Transfer] = {}
         for transfer in self.transfers():
             channel = (transfer.source, transfer.target, transfer.tensor, transfer.direction)
             before = last.get(channel)
@@ -451,7 +455,7 @@ def _write_zbv(writer: _Writer, num_ranks: int, rank: int, num_chunks: int) -> N
         writer.weight()
     while writer.num_delayed:
         writer.weight()
-    writer.actions = [action for action in writer.actions if action.chunk < num_chunks]
+    writer.actions = [a for a in writer.actions if all(p.chunk < num_chunks for p in a.parts)]
 
 
 def _write_dualpipe(writer: _Writer, num_ranks: int, rank: int, num_chunks: int) -> None:

@@ -19,18 +19,22 @@ in times of one stage, which is 1/(2R) of the model in zbv and dualpipev and 1/R
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
+from fractions import Fraction
+from typing import Any, TypeAlias
 
-from .schedule import KINDS, Action, Pair, Schedule, build_schedule
+from .schedule import KINDS, Action, Key, Pair, Schedule, build_schedule
 
 __all__ = [
     "Simulation",
     "Span",
+    "Time",
     "Times",
     "plain_number",
     "predict",
     "simulate",
 ]
+
+Time: TypeAlias = int | float | Fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +46,13 @@ class Times:
     transfer between two ranks. Raises ValueError for negative or infinite times and for w > b.
     """
 
-    f: Real = 1
-    b: Real = 2
-    w: Real = 1
-    fb: Real | None = None
-    p2p: Real = 0
+    f: Time = 1
+    b: Time = 2
+    w: Time = 1
+    fb: Time | None = None
+    p2p: Time = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.fb is None:
             object.__setattr__(self, "fb", self.f + self.b)
         for name in ("f", "b", "w", "fb", "p2p"):
@@ -61,18 +65,25 @@ class Times:
                 f"pass b={self.b + self.w} if {self.b} is the backward for inputs alone"
             )
 
-    def of(self, action: Action | Pair) -> Real:
+    def of(self, action: Action | Pair) -> Time:
         """How long `action` keeps its rank."""
         if isinstance(action, Pair):
-            return self.fb
-        return {"F": self.f, "B": self.b, "I": self.b - self.w, "W": self.w}[action.op]
+            return self.pair
+        by_op: dict[str, Time] = {"F": self.f, "B": self.b, "I": self.b - self.w, "W": self.w}
+        return by_op[action.op]
 
-    def scaled(self, factor: Real) -> "Times":
+    @property
+    def pair(self) -> Time:
+        """`fb`, which is known once this is made."""
+        assert self.fb is not None
+        return self.fb
+
+    def scaled(self, factor: Time) -> "Times":
         """The times of a stage with `factor` times the layers; the transfer stays as it is."""
-        f, b, w, fb = (factor * time for time in (self.f, self.b, self.w, self.fb))
+        f, b, w, fb = (factor * time for time in (self.f, self.b, self.w, self.pair))
         return Times(f=f, b=b, w=w, fb=fb, p2p=self.p2p)
 
-    def with_communication(self, ratio: Real, hidden: Real = 1) -> "Times":
+    def with_communication(self, ratio: Time, hidden: Time = 1) -> "Times":
         """Adds expert-parallel communication to f, b, w taken as computation alone.
 
         `ratio` is communication : computation over a forward and a backward (bench/pair.py on four
@@ -95,8 +106,8 @@ class Span:
     """When an action runs."""
 
     action: Action | Pair
-    start: Real
-    end: Real
+    start: Time
+    end: Time
 
 
 @dataclass(frozen=True)
@@ -115,18 +126,17 @@ class Simulation:
     schedule: Schedule
     times: Times
     spans: tuple[tuple[Span, ...], ...]
-    makespan: Real
-    bubble: tuple[Real, ...]
+    makespan: Time
+    bubble: tuple[Time, ...]
     peak_activations: tuple[int, ...]
 
     def __repr__(self) -> str:
         return f"Simulation({self.schedule!r}, makespan={self.makespan}, bubble={self.bubble})"
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """For JSON: whole numbers as int, others as float."""
-        times = {
-            name: plain_number(getattr(self.times, name)) for name in ("f", "b", "w", "fb", "p2p")
-        }
+        names = ("f", "b", "w", "fb", "p2p")
+        times = {name: plain_number(getattr(self.times, name)) for name in names}
         return {
             "kind": self.schedule.kind,
             "num_ranks": self.schedule.num_ranks,
@@ -148,8 +158,9 @@ def simulate(schedule: Schedule, times: Times | None = None) -> Simulation:
     Raises ValueError when it deadlocks; `schedule.validate()` finds every other fault.
     """
     times = Times() if times is None else times
-    arrival = {}  # of a result at a rank: its maker at once, another one after the transfer
-    free = [0] * schedule.num_ranks
+    # When a result is where it was made, and that rank; others have it after the transfer.
+    arrival: dict[Key, tuple[Time, int]] = {}
+    free: list[Time] = [0] * schedule.num_ranks
     spans: list[list[Span]] = [[] for _ in range(schedule.num_ranks)]
     for rank, position in schedule.dependency_order():
         action = schedule.actions[rank][position]
@@ -179,8 +190,8 @@ def predict(
     num_chunks: int,
     times: Times | None = None,
     *,
-    ratio: Real = 0,
-    hidden: Real = 1,
+    ratio: Time = 0,
+    hidden: Time = 1,
     kinds: Sequence[str] = KINDS,
 ) -> tuple[Simulation, ...]:
     """One model on one machine under each of `kinds`.
@@ -212,6 +223,6 @@ def _peak_activations(actions: Sequence[Action | Pair]) -> int:
     return peak
 
 
-def plain_number(value: Real) -> int | float:
+def plain_number(value: Time) -> int | float:
     """An int where it is whole, else a float."""
     return int(value) if value == int(value) else float(value)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..blocks.stage import HookChunk, StageChunk, start_chunk
+from ..blocks.pair import OverlappedPair
+from ..blocks.stage import Chunk, Criterion, HookChunk, StageChunk, start_chunk
 from ..gradients.data_parallel import unwrap
 from ..trace.ranges import named_range
 from .failure import Failure
@@ -16,6 +18,19 @@ from .schedule import Action, Schedule
 from .transfers import Transfers
 
 __all__ = ["Batch", "Step", "cut_batch"]
+
+Place = tuple[int, int, int]  # stage, chunk, direction
+
+
+class Owner(Protocol):
+    """What a step asks of its `Pipeline`."""
+
+    rank: int
+    modules: tuple[nn.Module, ...]
+    weight_delay: str
+    recompute: bool
+    pair: OverlappedPair
+    failure: Failure
 
 
 @dataclass(frozen=True)
@@ -25,7 +40,7 @@ class Batch:
     inputs: tuple[tuple[Tensor, ...], ...]
     labels: tuple[tuple[Tensor, ...], ...]
 
-    def signature(self) -> tuple:
+    def signature(self) -> tuple[Any, ...]:
         """Shapes and dtypes of a chunk's inputs."""
         return tuple((tuple(x.shape), str(x.dtype)) for x in self.inputs[0]) if self.inputs else ()
 
@@ -86,11 +101,11 @@ class Step:
 
     def __init__(
         self,
-        pipeline,
+        pipeline: Owner,
         schedule: Schedule,
         transfers: Transfers,
         batch: Batch,
-        criterion: Callable | None,
+        criterion: Criterion | None,
         *,
         forward_only: bool,
         return_outputs: bool,
@@ -100,8 +115,9 @@ class Step:
         self.forward_only, self.return_outputs = forward_only, return_outputs
         self.rank, self.last = pipeline.rank, schedule.num_stages - 1
         self.failure: Failure = pipeline.failure
-        self._local: dict[tuple, tuple] = {}  # from one stage of this rank to the other
-        self._chunks: dict[tuple, object] = {}
+        # From one stage of this rank to the other, by tensor and place.
+        self._local: dict[tuple[str, int, int, int], tuple[Any, ...]] = {}
+        self._chunks: dict[Place, Chunk] = {}
         self._losses: dict[int, Tensor] = {}
         self._outputs: dict[int, tuple[Tensor, ...]] = {}
 
@@ -162,7 +178,11 @@ class Step:
                 on_outputs=lambda _: self._hand_on_outputs(forward, f),
                 on_input_gradients=lambda found: self._hand_on_gradients(backward, found),
             )
-        elif isinstance(f, HookChunk) and type(f.module) is type(getattr(b, "module", None)):
+        elif (
+            isinstance(f, HookChunk)
+            and isinstance(b, HookChunk)
+            and type(f.module) is type(b.module)
+        ):
             _, found = f.run_pair(b, gradients)
             self._hand_on_gradients(backward, found)
             self._hand_on_outputs(forward, f)
@@ -175,7 +195,7 @@ class Step:
         del self._chunks[_place(backward)]
         self._keep(forward, f)
 
-    def _start(self, action: Action):
+    def _start(self, action: Action) -> Chunk:
         """The chunk, its inputs received."""
         stage, chunk, direction = _place(action)
         if stage == 0:
@@ -192,7 +212,7 @@ class Step:
             recompute=self.pipeline.recompute,
         )
 
-    def _module(self, action: Action):
+    def _module(self, action: Action) -> nn.Module:
         stages = self.schedule.stages_of(self.rank)
         if self.schedule.num_directions == 2:
             return self.pipeline.modules[action.direction]
@@ -204,17 +224,17 @@ class Step:
             return ()
         return self._take("gradient", stage + 1, chunk, direction)
 
-    def _take(self, tensor: str, stage: int, chunk: int, direction: int) -> tuple:
+    def _take(self, tensor: str, stage: int, chunk: int, direction: int) -> tuple[Any, ...]:
         key = (tensor, stage, chunk, direction)
         if self.schedule.rank_of(stage, direction) == self.rank:
             return self._local.pop(key)
         return self.transfers.receive(*key)
 
-    def _keep(self, action: Action, chunk) -> None:
+    def _keep(self, action: Action, chunk: Chunk) -> None:
         if not self.forward_only:
             self._chunks[_place(action)] = chunk
 
-    def _hand_on_outputs(self, action: Action, chunk) -> None:
+    def _hand_on_outputs(self, action: Action, chunk: Chunk) -> None:
         outputs, chunk.outputs = chunk.outputs, ()
         if action.stage == self.last:
             if chunk.loss is not None:
@@ -240,7 +260,7 @@ class Step:
         if action.stage > 0:
             self._hand_on("gradient", action, action.stage - 1, gradients)
 
-    def _hand_on(self, tensor: str, action: Action, to: int, tensors: tuple) -> None:
+    def _hand_on(self, tensor: str, action: Action, to: int, tensors: tuple[Any, ...]) -> None:
         key = (tensor, *_place(action))
         if self.schedule.rank_of(to, action.direction) == self.rank:
             self._local[key] = tensors
@@ -270,5 +290,5 @@ class Step:
         return 0 <= other <= self.last and self.schedule.rank_of(other, part.direction) != self.rank
 
 
-def _place(action: Action) -> tuple[int, int, int]:
+def _place(action: Action) -> Place:
     return action.stage, action.chunk, action.direction

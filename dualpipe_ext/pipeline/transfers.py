@@ -9,9 +9,10 @@ left.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +20,17 @@ from torch import Tensor
 from ..errors import DualPipeError, PeerTimeoutError
 from ..ranks.agreement import Agreement
 from .failure import Failure
-from .links import AnyLinks, Moving
+from .links import AnyLinks, InFlight
 from .packing import DEAD, Signature, item_parts, pack, travels
 from .schedule import Schedule, Transfer
 
 __all__ = ["Transfers", "incoming_bytes"]
 
+Key = tuple[str, int, int, int]  # tensor, stage, chunk, direction
+
 
 def incoming_bytes(
-    schedule: Schedule, rank: int, edges: dict[tuple[int, int], Signature]
+    schedule: Schedule, rank: int, edges: Mapping[tuple[int, int], Signature | str]
 ) -> dict[int, int]:
     """Bytes of the largest item that `rank` receives, by source.
 
@@ -41,7 +44,9 @@ def incoming_bytes(
                 continue
             gradient = rank == ends[0]
             source = ends[1] if gradient else ends[0]
-            nbytes = pack(item_parts(edges[stage, direction], gradient=gradient))[1]
+            signature = edges[stage, direction]
+            assert not isinstance(signature, str)  # a step that failed leaves no edges
+            nbytes = pack(item_parts(signature, gradient=gradient))[1]
             found[source] = max(nbytes, found.get(source, 0))
     return found
 
@@ -52,7 +57,7 @@ class _Incoming:
 
     transfer: Transfer
     signature: Signature
-    moving: Moving
+    moving: InFlight
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """None for what has no gradient. Once it has been waited for."""
@@ -88,9 +93,9 @@ class Transfers:
         self._edges, self._generation = edges, generation
         self.rank = agreement.rank
         self._queues: dict[int, deque[Transfer]] = {}  # to be received, by source
-        self._outgoing: dict[tuple, Transfer] = {}
-        self._posted: dict[tuple, _Incoming] = {}
-        self._sent: dict[int, deque[tuple[Transfer, Moving]]] = {}  # by target
+        self._outgoing: dict[Key, Transfer] = {}
+        self._posted: dict[Key, _Incoming] = {}
+        self._sent: dict[int, deque[tuple[Transfer, InFlight]]] = {}  # by target
         self._published: list[str] = []  # what this rank told the others
         for transfer in sorted(schedule.transfers(), key=_wire_order):
             if forward_only and transfer.tensor == "gradient":
@@ -105,7 +110,9 @@ class Transfers:
         for queue in self._queues.values():
             self._post(queue, position + self._links.ahead, wait=False)
 
-    def receive(self, tensor: str, stage: int, chunk: int, direction: int) -> tuple[Tensor, ...]:
+    def receive(
+        self, tensor: str, stage: int, chunk: int, direction: int
+    ) -> tuple[Tensor | None, ...]:
         """The tensors that `stage` made, on another rank; `tensor` "activation" or "gradient".
 
         Raises:
@@ -128,7 +135,12 @@ class Transfers:
         return incoming.tensors()
 
     def send(
-        self, tensor: str, stage: int, chunk: int, direction: int, tensors: Sequence | None
+        self,
+        tensor: str,
+        stage: int,
+        chunk: int,
+        direction: int,
+        tensors: Sequence[Tensor | None] | None,
     ) -> None:
         """Send what `stage` made. None after a failure: zeros, so that no rank waits in vain.
 
@@ -141,7 +153,7 @@ class Transfers:
         if transfer is None:  # sent before the failure
             return
         signature = self._signature(transfer, tensors)
-        if signature != DEAD and not self._failure.links_broken:
+        if not isinstance(signature, str) and not self._failure.links_broken:
             self._poll(transfer.target)
             item = self._item(transfer, signature, tensors)
             with self._watch():
@@ -189,7 +201,7 @@ class Transfers:
             if signature is None:
                 return
             transfer = queue[0]
-            if signature != DEAD and not self._failure.links_broken:
+            if not isinstance(signature, str) and not self._failure.links_broken:
                 parts = item_parts(signature, gradient=transfer.tensor == "gradient")
                 with self._watch():
                     moving = self._links.receive(parts, transfer.source)
@@ -213,7 +225,7 @@ class Transfers:
             self._edges[edge] = found
         return self._edges[edge]
 
-    def _signature(self, transfer: Transfer, tensors: Sequence | None) -> Signature | str:
+    def _signature(self, transfer: Transfer, tensors: Sequence[Any] | None) -> Signature | str:
         """That of the edge, made known if this is its first activation, and checked."""
         edge = _edge(transfer)
         if transfer.tensor == "gradient":
@@ -268,7 +280,7 @@ class Transfers:
                 f"one died, hangs or left the step; see their logs ({error})"
             ) from error
 
-    def _wait(self, moving: Moving, what: str) -> None:
+    def _wait(self, moving: InFlight, what: str) -> None:
         try:
             moving.wait()
         except RuntimeError as error:
@@ -278,7 +290,7 @@ class Transfers:
                 f"that rank died, hangs or left the step; see its log ({error})"
             ) from error
 
-    def _release(self, target: int, key: tuple) -> None:
+    def _release(self, target: int, key: Key) -> None:
         sent = self._sent.get(target, ())
         if any(_key(transfer) == key for transfer, _ in sent):
             while _key(self._let_go(target)) != key:
@@ -300,11 +312,11 @@ class Transfers:
         return f"signature/{self._generation}/{edge[0]}/{edge[1]}"
 
 
-def _wire_order(transfer: Transfer) -> tuple:
+def _wire_order(transfer: Transfer) -> tuple[int, int, bool]:
     return transfer.source, transfer.sent_after, transfer.tensor == "activation"
 
 
-def _key(transfer: Transfer) -> tuple:
+def _key(transfer: Transfer) -> Key:
     return transfer.tensor, transfer.stage, transfer.chunk, transfer.direction
 
 
@@ -318,7 +330,7 @@ def _name(transfer: Transfer) -> str:
 
 
 def _describe(signature: Signature | str) -> str:
-    if signature == DEAD:
+    if isinstance(signature, str):  # DEAD
         return "nothing"
     return ", ".join(
         f"{list(shape)} {str(dtype).removeprefix('torch.')}" for shape, dtype in signature

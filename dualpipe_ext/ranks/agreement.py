@@ -10,6 +10,7 @@ import pickle
 import time
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -33,14 +34,14 @@ class Agreement:
         self.world_size = 1 if group is None else dist.get_world_size(group)
         self.timeout = timeout
         self._gathers = 0
-        self._store = None
-        if self.world_size > 1:
+        self._store: dist.PrefixStore | None = None
+        if group is not None and self.world_size > 1:
             store = _group_store(group)
             # All ranks of a group open these in one order: the count names this one.
             opened = store.add(f"dualpipe_ext/opened/{self.rank}", 1)
             self._store = dist.PrefixStore(f"dualpipe_ext/{opened}", store)
 
-    def gather(self, what: str, value: object, *, wait: bool = True) -> list:
+    def gather(self, what: str, value: object, *, wait: bool = True) -> list[Any]:
         """Every rank's `value`, by rank. `what` says in an error what the missing ranks lack.
 
         Without `wait` it only leaves word for the others.
@@ -74,7 +75,7 @@ class Agreement:
     def publish(self, key: str, value: object) -> None:
         self._set(f"published/{key}", value)
 
-    def look_up(self, key: str, *, wait: bool) -> object | None:
+    def look_up(self, key: str, *, wait: bool) -> Any | None:
         """What a rank published under `key`; None if nothing did (within the timeout)."""
         deadline = time.monotonic() + self.timeout
         while not self._check(f"published/{key}"):
@@ -85,18 +86,19 @@ class Agreement:
 
     def store(self, prefix: str) -> dist.Store:
         """A corner of the corner, to open a communicator with."""
+        assert self._store is not None  # several ranks
         return dist.PrefixStore(prefix, self._store)
 
     def _set(self, key: str, value: object) -> None:
         self._call("set", key, pickle.dumps(value))
 
-    def _get(self, key: str) -> object:
+    def _get(self, key: str) -> Any:
         return pickle.loads(self._call("get", key))
 
     def _check(self, key: str) -> bool:
-        return self._call("check", [key])
+        return bool(self._call("check", [key]))
 
-    def _call(self, name: str, *args):
+    def _call(self, name: str, *args: object) -> Any:
         try:
             return getattr(self._store, name)(*args)
         except RuntimeError as error:
@@ -106,7 +108,7 @@ class Agreement:
             ) from error
 
 
-def _group_store(group: dist.ProcessGroup):
+def _group_store(group: dist.ProcessGroup) -> dist.Store:
     """The store that the group was made with."""
     with suppress(AttributeError, RuntimeError):
         return group.get_group_store()

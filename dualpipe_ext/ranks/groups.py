@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch.distributed as dist
 
-__all__ = ["host_identity", "process_group"]
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Group", "host_identity", "process_group"]
+
+Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | None"
 
 
-def process_group(group) -> dist.ProcessGroup | None:
+def process_group(group: Group) -> dist.ProcessGroup | None:
     """The ProcessGroup of `group`: itself, that of a 1-D DeviceMesh, or None."""
     if group is None or isinstance(group, dist.ProcessGroup):
         return group

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -34,7 +36,8 @@ class PeerMemory:
 
     def __init__(self, group: dist.ProcessGroup | None, nbytes: int, device: torch.device):
         self.nbytes = nbytes
-        self._handle = None
+        self._handle: Any = None  # of torch, or none for one rank
+        self._buffer: torch.Tensor | None
         if group is None or dist.get_world_size(group) == 1:
             self._buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device)
             self.pointers = [self._buffer.data_ptr()]
@@ -52,6 +55,7 @@ class PeerMemory:
 
     def part(self, first: int, count: int) -> torch.Tensor:
         """[count] uint8, this rank's own bytes from `first` on."""
+        assert self._buffer is not None, "closed"
         return self._buffer[first : first + count]
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -124,7 +125,7 @@ class RowTransfer:
         return result
 
 
-def wait(work, timeout: float | None) -> None:
+def wait(work: Any, timeout: float | None) -> None:
     """Wait for an asynchronous collective, at most `timeout` seconds if given (RuntimeError)."""
     if timeout is None:
         work.wait()

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -52,7 +53,7 @@ def record_trace(path: str | Path) -> Iterator[None]:
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
 
 
-def add_lanes(trace: dict) -> dict:
+def add_lanes(trace: dict[str, Any]) -> dict[str, Any]:
     """A profiler's trace with a process "dualpipe_ext", whose rows are `ROWS`, added in place.
 
     Ranges named "compute: ...", "comm: ..." and "pipeline: ..." are copied there: those of the GPU
@@ -72,8 +73,7 @@ def add_lanes(trace: dict) -> dict:
             _sort("thread_sort_index", process, number, number),
         ]
     for event in gpu or host:
-        row = _row(event)
-        name = event["name"].partition(": ")[2]
+        row, _, name = event["name"].partition(": ")
         added.append(
             {
                 **{
@@ -94,7 +94,7 @@ def add_lanes(trace: dict) -> dict:
     return trace
 
 
-def _row(event: dict) -> str | None:
+def _row(event: dict[str, Any]) -> str | None:
     """Which row a range belongs to; None for all other events."""
     if event.get("ph") != "X":
         return None
@@ -102,9 +102,9 @@ def _row(event: dict) -> str | None:
     return row if separator and row in ROWS else None
 
 
-def _name(kind: str, pid, tid, name: str) -> dict:
+def _name(kind: str, pid: object, tid: object, name: str) -> dict[str, Any]:
     return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}}
 
 
-def _sort(kind: str, pid, tid, index: int) -> dict:
+def _sort(kind: str, pid: object, tid: object, index: int) -> dict[str, Any]:
     return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"sort_index": index}}

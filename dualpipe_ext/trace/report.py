@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass
 from decimal import Decimal
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "COMM_KERNELS",
@@ -144,7 +145,7 @@ class Overlap:
         """Time in the span with neither computation nor communication, in µs."""
         return round(self.span - self.compute_busy - self.exposed_comm, 3)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Fields and what follows from them, for JSON."""
         return asdict(self) | {"hidden_share": self.hidden_share, "idle": self.idle}
 
@@ -188,7 +189,7 @@ class OverlapReport:
     top_comm: tuple[KernelTime, ...]
     top_compute: tuple[KernelTime, ...]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON: `total` on top, then `gpus` and the kernels."""
         total = self.total.to_dict()
         del total["gpu"]
@@ -297,17 +298,17 @@ def _parse(path: str | Path) -> object:
         ) from None
 
 
-def _drop_host_event(value: dict) -> dict | None:
+def _drop_host_event(value: dict[str, Any]) -> dict[str, Any] | None:
     """Keeps the memory of millions of host events from piling up while the parser runs."""
     return None if "ph" in value and not _category(value) else value
 
 
-def _category(event: dict) -> str | None:
+def _category(event: dict[str, Any]) -> str | None:
     category = event.get("cat")
     return _CATEGORIES.get(category.lower()) if isinstance(category, str) else None
 
 
-def _to_gpu_events(events: list[dict]) -> list[GpuEvent]:
+def _to_gpu_events(events: list[dict[str, Any]]) -> list[GpuEvent]:
     places = [_place(event) for event in events]
     devices: dict[str, set[str]] = {}  # of a process
     for process, device, _ in places:
@@ -318,6 +319,8 @@ def _to_gpu_events(events: list[dict]) -> list[GpuEvent]:
         start, length = _nanoseconds(event.get("ts")), _nanoseconds(event.get("dur"))
         if event.get("ph", "X") != "X" or start is None or length is None or length < 0:
             continue
+        category = _category(event)
+        assert category is not None  # `read_trace` keeps no others
         if not device and len(devices.get(process, ())) == 1:
             (device,) = devices[process]
         if not device or not process or process == device:
@@ -325,11 +328,11 @@ def _to_gpu_events(events: list[dict]) -> list[GpuEvent]:
         else:
             gpu = f"{process} GPU {device}"
         name = str(event.get("name", "?"))
-        found.append(GpuEvent(gpu, stream, name, _category(event), start, start + length))
+        found.append(GpuEvent(gpu, stream, name, category, start, start + length))
     return found
 
 
-def _place(event: dict) -> tuple[str, str, str]:
+def _place(event: dict[str, Any]) -> tuple[str, str, str]:
     """Process, device and stream, each "" where unknown.
 
     The profiler writes the device as the process. Whoever merges ranks into one file renames the
@@ -348,7 +351,7 @@ def _place(event: dict) -> tuple[str, str, str]:
 def _nanoseconds(microseconds: object) -> int | None:
     if not isinstance(microseconds, (int, Decimal)) or isinstance(microseconds, bool):
         return None
-    return round(microseconds * 1000) if abs(microseconds) < _LONGEST else None
+    return round(microseconds * 1000) if -_LONGEST < microseconds < _LONGEST else None
 
 
 def measure_overlap(trace: Trace, comm: str = COMM_KERNELS, *, top: int = 5) -> OverlapReport:
@@ -464,7 +467,7 @@ def _longest(
             )
         else:
             compute.append(KernelTime(name=name, calls=count, time=time / 1000))
-    comm.sort(key=lambda kernel: (-kernel.exposed, -kernel.time))
+    comm.sort(key=lambda kernel: (-(kernel.exposed or 0), -kernel.time))
     compute.sort(key=lambda kernel: -kernel.time)
     return tuple(comm[:top]), tuple(compute[:top])
 

@@ -1,5 +1,6 @@
 """setup.py: what it built here, what it says without a compiler, what it puts into a wheel."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -105,6 +106,17 @@ def test_extension_imports_without_torch_and_exports_what_bindings_define(record
     assert defined <= set(done.stdout.split())
 
 
+def test_stub_of_the_extension_names_what_bindings_define():
+    bindings = (ROOT / "csrc" / "bindings.cpp").read_text()
+    found = re.findall(r'(?:\.def\w*|class_<\w+>)\((?:m, )?\s*"(\w+)"|m\.attr\("(\w+)"', bindings)
+    stub = ast.parse((ROOT / "dualpipe_ext" / "_C.pyi").read_text())
+    named = [
+        node.name for node in ast.walk(stub) if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    ]
+    named += [node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)]
+    assert sorted({*named} - {"__init__"}) == sorted({a or b for a, b in found})
+
+
 def test_extension_holds_code_for_every_arch_of_the_record(record):
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
@@ -161,7 +173,7 @@ def test_without_nvcc_build_cuda_1_is_an_error(copy):
 def test_build_cuda_0_never_builds(copy):
     done = run_python("setup.py", "build_ext", "--inplace", cwd=copy, DUALPIPE_BUILD_CUDA="0")
     assert done.returncode == 0, done.stderr
-    assert not list((copy / "dualpipe_ext").glob("_C*"))
+    assert not list((copy / "dualpipe_ext").glob("_C*.so"))
 
 
 def test_build_cuda_rejects_other_values(copy):
@@ -242,7 +254,9 @@ def test_changed_header_recompiles_only_what_includes_it(tmp_path):
 def test_wheel_holds_the_package_and_nothing_beside_it(copy):
     wheel = zipfile.ZipFile(build_distribution(copy, "wheel"))
     names = wheel.namelist()
-    assert "dualpipe_ext/_build.json" in names
+    assert {"dualpipe_ext/_build.json", "dualpipe_ext/py.typed", "dualpipe_ext/_C.pyi"} <= set(
+        names
+    )
     kernels = {f"dualpipe_ext/{p.relative_to(ROOT)}" for p in ROOT.glob("triton_kernels/**/*.py")}
     assert kernels
     assert kernels <= set(names)
