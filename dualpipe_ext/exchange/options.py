@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,6 +84,19 @@ class ExchangeOptions:
             )
 
 
+@dataclass
+class _Proposal:
+    """What one rank brings to the agreement."""
+
+    options: ExchangeOptions
+    host: str
+    rendezvous: int  # peer memories that it has opened with others
+    backend: str = "reference"
+    reason: str = ""
+    obstacle: str | None = None  # to the kernels of form "unique"
+    error: Exception | None = None
+
+
 def agree_on_backend(
     options: ExchangeOptions, group: dist.ProcessGroup | None, device: torch.device
 ) -> tuple[str, str, str]:
@@ -98,41 +110,41 @@ def agree_on_backend(
         KernelCompileError: backend="nvlink", and kernels do not compile on some rank.
         DualPipeError: a rank did not come.
     """
-    mine: dict[str, Any] = {"options": options, "host": host_identity()}
-    mine |= {"rendezvous": PeerMemory.rendezvous, "error": None, "choice": None, "obstacle": None}
+    mine = _Proposal(options, host_identity(), PeerMemory.rendezvous)
     world_size = 1 if group is None else dist.get_world_size(group)
     try:
         options.check(world_size)
         _check_device(device)
-        mine["choice"] = _choose(options, device, world_size)
-        mine["obstacle"] = _kernel_obstacle(options, mine["choice"][0], device)
+        mine.backend, mine.reason = _choose(options, device, world_size)
+        mine.obstacle = _kernel_obstacle(options, mine.backend, device)
     except (TypeError, ValueError, KernelCompileError) as error:
-        mine["error"] = error
-    everyone: list[Any] = Agreement(group, OPENING).gather("open the exchange", mine)
-    for rank, theirs in enumerate(everyone):
-        if theirs["error"] is not None:
-            raise type(theirs["error"])(f"rank {rank}: {theirs['error']}")
-        if theirs["options"] != everyone[0]["options"]:
+        mine.error = error
+    proposals: list[_Proposal] = Agreement(group, OPENING).gather("open the exchange", mine)
+    for rank, proposal in enumerate(proposals):
+        if proposal.error is not None:
+            raise type(proposal.error)(f"rank {rank}: {proposal.error}")
+        if proposal.options != proposals[0].options:
             raise ValueError(
-                f"rank {rank} asks for {theirs['options']}, but rank 0 for "
-                f"{everyone[0]['options']}: pass the same on every rank"
+                f"rank {rank} asks for {proposal.options}, but rank 0 for "
+                f"{proposals[0].options}: pass the same on every rank"
             )
-    if any(theirs["host"] != mine["host"] for theirs in everyone):
+    hosts = {proposal.host for proposal in proposals}
+    if len(hosts) > 1:
         if options.backend == "nvlink":
             raise ValueError(
-                f"the group spans {len({t['host'] for t in everyone})} hosts, NVLink kernels "
-                f'reach one: make the group from one host\'s ranks, or use backend="reference"'
+                f"the group spans {len(hosts)} hosts, NVLink kernels reach one: make the group "
+                'from one host\'s ranks, or use backend="reference"'
             )
         return "reference", "the group spans several hosts", options.form
-    for rank, theirs in enumerate(everyone):
-        if theirs["choice"][0] == "reference":
-            return "reference", f"rank {rank}: {theirs['choice'][1]}", options.form
-    _check_rendezvous([theirs["rendezvous"] for theirs in everyone])
-    for rank, theirs in enumerate(everyone):
-        if theirs["obstacle"] is not None:
-            problem = f"rank {rank}: {theirs['obstacle']}"
-            return "nvlink", f'{mine["choice"][1]}; form "expert", since {problem}', "expert"
-    return *mine["choice"], options.form
+    for rank, proposal in enumerate(proposals):
+        if proposal.backend == "reference":
+            return "reference", f"rank {rank}: {proposal.reason}", options.form
+    _check_rendezvous([proposal.rendezvous for proposal in proposals])
+    for rank, proposal in enumerate(proposals):
+        if proposal.obstacle is not None:
+            problem = f"rank {rank}: {proposal.obstacle}"
+            return "nvlink", f'{mine.reason}; form "expert", since {problem}', "expert"
+    return mine.backend, mine.reason, options.form
 
 
 def _kernel_obstacle(options: ExchangeOptions, name: str, device: torch.device) -> str | None:
