@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..gradients.delayed import DelayedLinear
 from ..ops.attention import flash_attention, runs_as_kernels
-from ..ops.block_ops import rotary
 from ..ops.heads import split_heads, tables, turn_tail
 from ..ops.operator import check_num_sms
+from ..ops.rotary import rotary
 
 __all__ = ["GroupedQueryAttention", "LatentAttention"]
 

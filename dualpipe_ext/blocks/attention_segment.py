@@ -17,9 +17,10 @@ from ..moe.layer import MoELayer
 from ..moe.router import Router
 from ..ops.attention import backward_into as attend_backward_into
 from ..ops.attention import forward_operator as attend_operator
-from ..ops.block_ops import norm_backward_operator, norm_operator, rotate_into
 from ..ops.heads import tables
+from ..ops.norm import norm_backward_operator, norm_operator
 from ..ops.operator import is_observed
+from ..ops.rotary import rotate_into
 from ..ops.route import route_backward_operator, route_operator
 from .attention import GroupedQueryAttention
 

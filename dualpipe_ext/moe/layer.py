@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..exchange.exchange import Exchange
 from ..gradients.delayed import linear
-from ..ops.block_ops import swiglu
 from ..ops.grouped_fp8 import check_fp8, is_fp8
 from ..ops.grouped_mlp import grouped_mlp
 from ..ops.operator import autocast_off
+from ..ops.swiglu import swiglu
 from ..triton_kernels.launch import available
 from .experts import PlacedExperts, check_multiples_of_8
 from .routed import RoutedFeedForward

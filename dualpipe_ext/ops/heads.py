@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .block_ops import rotary_tables, rotate_into
 from .operator import define, is_observed
+from .rotary import rotary_tables, rotate_into
 
 __all__ = ["split_heads", "tables", "turn_tail"]
 

@@ -5,8 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dualpipe_ext.ops import heads as head_ops
-from dualpipe_ext.ops.block_ops import rotary_tables
 from dualpipe_ext.ops.heads import split_heads, tables, turn_tail
+from dualpipe_ext.ops.rotary import rotary_tables
 
 
 def turned(x: torch.Tensor, base: float) -> torch.Tensor:
