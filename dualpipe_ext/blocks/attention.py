@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..gradients.delayed import DelayedLinear
-from ..ops.attention import flash_attention, runs_as_kernels
+from ..ops.attention import AttentionOptions, flash_attention, runs_as_kernels
 from ..ops.heads import split_heads, tables, turn_tail
 from ..ops.operator import check_num_sms
 from ..ops.rotary import rotary
@@ -118,11 +118,11 @@ class GroupedQueryAttention(nn.Module):
         """Whether x would be attended to by `flash_attention`, and not by torch's."""
         return _uses_flash_attention(self, x, (self.head_width, self.head_width))
 
-    def kernel_options(self) -> tuple:
+    def kernel_options(self) -> AttentionOptions:
         """Of `flash_attention.forward_operator`, behind the packed sequences."""
         deterministic = torch.are_deterministic_algorithms_enabled()
         num_sms = check_num_sms(self.num_sms)
-        return True, self.head_width**-0.5, num_sms, deterministic, "auto"
+        return AttentionOptions(True, self.head_width**-0.5, num_sms, deterministic, "auto")
 
 
 class LatentAttention(nn.Module):

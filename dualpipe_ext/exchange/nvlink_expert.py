@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..ops.operator import aligned
 from .backend import Arrival, Departure, ExpertRows, Weighted
-from .nvlink import CHANNEL_INDEX, NvlinkBackend, NvlinkPlan, address, aligned
+from .nvlink import CHANNEL_INDEX, NvlinkBackend, NvlinkPlan, address
 
 __all__ = ["NvlinkExpertBackend"]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .operator import check_num_sms, define, sm_count, use_triton, wide
+from .operator import check_num_sms, operator, sm_count, use_triton, wide
 
 __all__ = ["norm_backward_operator", "norm_operator", "rms_norm"]
 
@@ -59,8 +59,8 @@ def rms_norm(
         )
     sms = check_num_sms(num_sms)
     flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    other = None if residual is None else residual.reshape(flat.shape)
-    normed, hidden, _ = norm_operator(flat, other, weight, eps, sms)
+    flat_residual = None if residual is None else residual.reshape(flat.shape)
+    normed, hidden, _ = norm_operator(flat, flat_residual, weight, eps, sms)
     normed = normed.view(x.shape)
     return normed if residual is None else (normed, hidden.view(x.shape))
 
@@ -79,36 +79,86 @@ def _rows(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(1) == 1 else x.contiguous()
 
 
-def _rms_norm(x, residual, weight, eps, num_sms):
-    kernels = _norm_kernels(x, weight)
-    if kernels is None:
+@operator(
+    "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, int num_sms) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+class norm_operator:
+    """normed [T, H]; x + residual [T, H], or [0] without a residual; 1 / root mean square [T]."""
+
+    @staticmethod
+    def forward(x, residual, weight, eps, num_sms):
+        kernels = _norm_kernels(x, weight)
+        if kernels is None:
+            return norm_operator.plain(x, residual, weight, eps, num_sms)
+        normed = x.new_empty(x.shape)
+        hidden = None if residual is None else x.new_empty(x.shape)
+        rstd = x.new_empty(x.shape[:1], dtype=wide(x.dtype))
+        kernels.rms_norm(
+            _rows(x),
+            _rows(residual),
+            weight.contiguous(),
+            normed,
+            hidden,
+            rstd,
+            eps,
+            num_sms=sm_count(x, num_sms),
+        )
+        return normed, x.new_empty(0) if hidden is None else hidden, rstd
+
+    @staticmethod
+    def plain(x, residual, weight, eps, num_sms):
         math = wide(x.dtype)
         hidden = x if residual is None else (x.to(math) + residual.to(math)).to(x.dtype)
         rstd = (hidden.to(math).square().mean(dim=1) + eps).rsqrt()
         normed = (hidden.to(math) * rstd[:, None] * weight.to(math)).to(x.dtype).contiguous()
         return normed, x.new_empty(0) if residual is None else hidden.contiguous(), rstd
-    normed, hidden, rstd = _rms_norm_fake(x, residual, weight, eps, num_sms)
-    kernels.rms_norm(
-        _rows(x),
-        _rows(residual),
-        weight.contiguous(),
-        normed,
-        None if residual is None else hidden,
-        rstd,
-        eps,
-        num_sms=sm_count(x, num_sms),
-    )
-    return normed, hidden, rstd
+
+    @staticmethod
+    def save(ctx, inputs, output):
+        x, residual, weight, _, ctx.num_sms = inputs
+        _, hidden, rstd = output
+        ctx.has_residual = residual is not None
+        ctx.mark_non_differentiable(rstd)
+        ctx.save_for_backward(hidden if ctx.has_residual else x, weight, rstd)
+
+    @staticmethod
+    def backward(ctx, d_normed, d_hidden, _d_rstd):
+        hidden, weight, rstd = ctx.saved_tensors
+        if not ctx.has_residual:
+            d_hidden = None
+        if d_normed is None:  # only x + residual was used
+            return d_hidden, d_hidden
+        dx, d_weight = norm_backward_operator(d_normed, d_hidden, hidden, weight, rstd, ctx.num_sms)
+        return dx, dx if ctx.has_residual else None, d_weight
 
 
-def _rms_norm_fake(x, residual, weight, eps, num_sms):
-    hidden = x.new_empty(0) if residual is None else x.new_empty(x.shape)
-    return x.new_empty(x.shape), hidden, x.new_empty(x.shape[:1], dtype=wide(x.dtype))
+@operator(
+    "rms_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor weight, "
+    "Tensor rstd, int num_sms) -> (Tensor, Tensor)"
+)
+class norm_backward_operator:
+    """Gradients of hidden, what was normalised, [T, H], with d_hidden added, and of weight [H]."""
 
+    @staticmethod
+    def forward(d_normed, d_hidden, hidden, weight, rstd, num_sms):
+        kernels = _norm_kernels(hidden, weight)
+        if kernels is None:
+            return norm_backward_operator.plain(d_normed, d_hidden, hidden, weight, rstd, num_sms)
+        dx = hidden.new_empty(hidden.shape)
+        d_weight = kernels.rms_norm_backward(
+            _rows(d_normed),
+            _rows(d_hidden),
+            _rows(hidden),
+            weight.contiguous(),
+            rstd,
+            dx,
+            num_sms=sm_count(hidden, num_sms),
+        )
+        return dx, d_weight
 
-def _rms_norm_backward(d_normed, d_hidden, hidden, weight, rstd, num_sms):
-    kernels = _norm_kernels(hidden, weight)
-    if kernels is None:
+    @staticmethod
+    def plain(d_normed, d_hidden, hidden, weight, rstd, num_sms):
         math = wide(hidden.dtype)
         unit = hidden.to(math) * rstd[:, None]
         d_weight = (d_normed.to(math) * unit).sum(dim=0)
@@ -117,52 +167,3 @@ def _rms_norm_backward(d_normed, d_hidden, hidden, weight, rstd, num_sms):
         if d_hidden is not None:
             dx = dx + d_hidden.to(math)
         return dx.to(hidden.dtype).contiguous(), d_weight.to(weight.dtype)
-    dx = hidden.new_empty(hidden.shape)
-    d_weight = kernels.rms_norm_backward(
-        _rows(d_normed),
-        _rows(d_hidden),
-        _rows(hidden),
-        weight.contiguous(),
-        rstd,
-        dx,
-        num_sms=sm_count(hidden, num_sms),
-    )
-    return dx, d_weight
-
-
-def _rms_norm_backward_fake(d_normed, d_hidden, hidden, weight, rstd, num_sms):
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
-
-
-def _save_norm(ctx, inputs, output):
-    x, residual, weight, _, ctx.num_sms = inputs
-    _, hidden, rstd = output
-    ctx.has_residual = residual is not None
-    ctx.mark_non_differentiable(rstd)
-    ctx.save_for_backward(hidden if ctx.has_residual else x, weight, rstd)
-
-
-def _norm_gradients(ctx, d_normed, d_hidden, _d_rstd):
-    hidden, weight, rstd = ctx.saved_tensors
-    if not ctx.has_residual:
-        d_hidden = None
-    if d_normed is None:  # only x + residual was used
-        return d_hidden, d_hidden, None, None, None
-    dx, d_weight = norm_backward_operator(d_normed, d_hidden, hidden, weight, rstd, ctx.num_sms)
-    return dx, dx if ctx.has_residual else None, d_weight, None, None
-
-
-norm_operator = define(
-    "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, int num_sms) "
-    "-> (Tensor, Tensor, Tensor)",
-    _rms_norm,
-    _rms_norm_fake,
-    _norm_gradients,
-    _save_norm,
-)
-norm_backward_operator = define(
-    "rms_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor weight, "
-    "Tensor rstd, int num_sms) -> (Tensor, Tensor)",
-    _rms_norm_backward,
-    _rms_norm_backward_fake,
-)

@@ -12,12 +12,22 @@ Results have the same bits in every run and for every `num_sms`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .operator import check_num_sms, define, sm_count, use_triton, wide, without_missing_kernels
+from .operator import (
+    Options,
+    check_num_sms,
+    operator,
+    sm_count,
+    use_triton,
+    wide,
+    without_missing_kernels,
+)
 
-__all__ = ["rotary", "rotary_", "rotary_tables", "rotate_into"]
+__all__ = ["RotaryOptions", "rotary", "rotary_", "rotary_tables", "rotate_into"]
 
 
 def rotary_tables(
@@ -45,6 +55,18 @@ def rotary_tables(
     return angle.cos().float(), angle.sin().float()
 
 
+@dataclass(frozen=True)
+class RotaryOptions(Options):
+    """Which numbers make a pair, which way they turn, and the SMs of the kernel (0 = all)."""
+
+    interleaved: bool = False
+    inverse: bool = False
+    num_sms: int = 0
+
+    def inverted(self) -> RotaryOptions:
+        return RotaryOptions(self.interleaved, not self.inverse, self.num_sms)
+
+
 def rotary(
     x: Tensor,
     cos: Tensor,
@@ -70,9 +92,9 @@ def rotary(
         TypeError: dtypes that do not fit.
         ValueError: shapes that do not fit.
     """
-    places = _check_rotary(x, cos, sin, positions)
-    how = (interleaved, False, check_num_sms(num_sms))
-    return _turned(_four(x), cos, sin, places, *how).view(x.shape)
+    positions = _check_rotary(x, cos, sin, positions)
+    options = RotaryOptions(interleaved, False, check_num_sms(num_sms))
+    return rotary_operator(_four(x), cos, sin, positions, options).view(x.shape)
 
 
 def rotary_(
@@ -85,30 +107,27 @@ def rotary_(
     num_sms: int | None = None,
 ) -> Tensor:
     """:func:`rotary` in place, on a slice of a larger tensor, too; returns ``x``."""
-    places = _check_rotary(x, cos, sin, positions)
-    how = (interleaved, check_num_sms(num_sms))
-    return _RotaryInPlace.apply(x, cos, sin, places, *how)
+    positions = _check_rotary(x, cos, sin, positions)
+    options = RotaryOptions(interleaved, False, check_num_sms(num_sms))
+    return _RotaryInPlace.apply(x, cos, sin, positions, options)
 
 
 class _RotaryInPlace(torch.autograd.Function):
     """Mutating operators cannot register a gradient."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, positions, interleaved, num_sms):
-        _turned_(_four(x), cos, sin, positions, interleaved, False, num_sms)
+    def forward(ctx, x, cos, sin, positions, options):
+        rotary_in_place_operator(_four(x), cos, sin, positions, options)
         ctx.mark_dirty(x)
         ctx.save_for_backward(cos, sin, positions)
-        ctx.how = (interleaved, num_sms)
+        ctx.options = options
         return x
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        cos, sin, positions = ctx.saved_tensors
-        interleaved, num_sms = ctx.how
-        arguments = (cos, sin, positions, interleaved, True, num_sms)
-        dx = _turned(_four(dy), *arguments).view(dy.shape)
-        return dx, None, None, None, None, None
+        dx = rotary_operator(_four(dy), *ctx.saved_tensors, ctx.options.inverted())
+        return dx.view(dy.shape), None, None, None, None
 
 
 def _four(x: Tensor) -> Tensor:
@@ -144,40 +163,43 @@ def _check_rotary(x, cos, sin, positions) -> Tensor | None:
     return positions.reshape(B, S)
 
 
-def _turn(x, cos, sin, positions, interleaved, inverse, y):
-    """The meaning, in plain torch: y [B, S, N, D] from x, which may be y."""
+def _turned(x, cos, sin, positions, options: RotaryOptions) -> Tensor:
+    """The meaning, in plain torch: x [B, S, N, D] turned, not rounded yet."""
     math = wide(x.dtype)
     S, M = x.shape[1], cos.shape[0]
     if positions is None:
         cos, sin = cos[None, :S], sin[None, :S]
     else:
         unknown = ((positions < 0) | (positions >= M)).unsqueeze(-1)
-        places = positions.clamp(0, max(M - 1, 0)).long()
-        cos, sin = (table[places].masked_fill(unknown, torch.nan) for table in (cos, sin))
+        rows = positions.clamp(0, max(M - 1, 0)).long()
+        cos, sin = (table[rows].masked_fill(unknown, torch.nan) for table in (cos, sin))
     cos, sin = cos.to(math).unsqueeze(2), sin.to(math).unsqueeze(2)  # [B or 1, S, 1, D / 2]
-    sin = -sin if inverse else sin
+    sin = -sin if options.inverse else sin
     pairs = x.to(math)
-    a, b = pairs.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else pairs.chunk(2, dim=-1)
-    turned = (a * cos - b * sin, a * sin + b * cos)
-    y.copy_(torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, dim=-1))
+    if options.interleaved:
+        a, b = pairs.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    a, b = pairs.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
 @without_missing_kernels
-def rotate_into(x, cos, sin, positions, interleaved, inverse, num_sms, y):
+def rotate_into(x, cos, sin, positions, options: RotaryOptions, y) -> None:
+    """y [B, S, N, D] from x, which may be y."""
     if x.numel() == 0:
         return
     if not use_triton(x):
-        _turn(x, cos, sin, positions, interleaved, inverse, y)
+        y.copy_(_turned(x, cos, sin, positions, options))
         return
     from ..triton_kernels.elementwise import rotary as kernels
 
     if x.shape[-1] > kernels.MAX_WIDTH:
-        _turn(x, cos, sin, positions, interleaved, inverse, y)
+        y.copy_(_turned(x, cos, sin, positions, options))
         return
     if x.stride(-1) != 1:
         # Turned in a copy; the caller's x follows.
         copy = x.contiguous()
-        rotate_into(copy, cos, sin, positions, interleaved, inverse, num_sms, copy)
+        rotate_into(copy, cos, sin, positions, options, copy)
         y.copy_(copy)
         return
     kernels.rotary(
@@ -186,42 +208,43 @@ def rotate_into(x, cos, sin, positions, interleaved, inverse, num_sms, y):
         cos.contiguous(),
         sin.contiguous(),
         None if positions is None else positions.contiguous(),
-        interleaved=interleaved,
-        inverse=inverse,
-        num_sms=sm_count(x, num_sms),
+        interleaved=options.interleaved,
+        inverse=options.inverse,
+        num_sms=sm_count(x, options.num_sms),
     )
 
 
-def _rotary(x, cos, sin, positions, interleaved, inverse, num_sms):
-    y = x.new_empty(x.shape)
-    rotate_into(x, cos, sin, positions, interleaved, inverse, num_sms, y)
-    return y
+_TABLES = "Tensor cos, Tensor sin, Tensor? positions"
 
 
-def _rotary_fake(x, cos, sin, positions, interleaved, inverse, num_sms):
-    return x.new_empty(x.shape)
+@operator(f"rotary(Tensor x, {_TABLES}, {RotaryOptions.schema()}) -> Tensor", RotaryOptions)
+class rotary_operator:
+    """x [B, S, N, D] turned."""
+
+    @staticmethod
+    def forward(x, cos, sin, positions, options):
+        y = x.new_empty(x.shape)
+        rotate_into(x, cos, sin, positions, options, y)
+        return y
+
+    @staticmethod
+    def fake(x, cos, sin, positions, options):
+        return x.new_empty(x.shape)
+
+    @staticmethod
+    def save(ctx, inputs, output):
+        _, cos, sin, positions, ctx.options = inputs
+        ctx.save_for_backward(cos, sin, positions)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (rotary_operator(dy, *ctx.saved_tensors, ctx.options.inverted()),)
 
 
-def _rotary_in_place(x, cos, sin, positions, interleaved, inverse, num_sms):
-    rotate_into(x, cos, sin, positions, interleaved, inverse, num_sms, x)
+@operator(f"rotary_(Tensor(a!) x, {_TABLES}, {RotaryOptions.schema()}) -> ()", RotaryOptions)
+class rotary_in_place_operator:
+    """x [B, S, N, D] turned where it is."""
 
-
-def _save_rotary(ctx, inputs, output):
-    _, cos, sin, positions, ctx.interleaved, ctx.inverse, ctx.num_sms = inputs
-    ctx.save_for_backward(cos, sin, positions)
-
-
-def _rotary_gradient(ctx, dy):
-    cos, sin, positions = ctx.saved_tensors
-    how = (ctx.interleaved, not ctx.inverse, ctx.num_sms)
-    dx = _turned(dy, cos, sin, positions, *how)
-    return dx, None, None, None, None, None, None
-
-
-_ROTARY = "Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, int num_sms"
-_turned = define(
-    f"rotary(Tensor x, {_ROTARY}) -> Tensor", _rotary, _rotary_fake, _rotary_gradient, _save_rotary
-)
-_turned_ = define(
-    f"rotary_(Tensor(a!) x, {_ROTARY}) -> ()", _rotary_in_place, lambda *arguments: None
-)
+    @staticmethod
+    def forward(x, cos, sin, positions, options):
+        rotate_into(x, cos, sin, positions, options, x)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .operator import check_num_sms, define, device_facts, sm_count, use_triton, wide
+from .operator import check_num_sms, device_facts, operator, sm_count, use_triton, wide
 
-__all__ = ["swiglu"]
+__all__ = ["swiglu", "swiglu_backward_operator", "swiglu_operator"]
 
 
 def swiglu(gate_up: Tensor, *, num_sms: int | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def swiglu(gate_up: Tensor, *, num_sms: int | None = None) -> Tensor:
         )
     *outer, width = gate_up.shape
     flat = gate_up.reshape(gate_up.shape[:-1].numel(), width)
-    return _activated(flat, check_num_sms(num_sms)).view(*outer, width // 2)
+    return swiglu_operator(flat, check_num_sms(num_sms)).view(*outer, width // 2)
 
 
 def _swiglu_kernels(gate_up: Tensor):
@@ -57,56 +57,52 @@ def _swiglu_kernels(gate_up: Tensor):
     return swiglu
 
 
-def _swiglu(gate_up, num_sms):
-    kernels = _swiglu_kernels(gate_up)
-    if kernels is None:
+@operator("swiglu(Tensor gate_up, int num_sms) -> Tensor")
+class swiglu_operator:
+    """silu(gate) * up [T, D] of gate_up [T, 2D]."""
+
+    @staticmethod
+    def forward(gate_up, num_sms):
+        kernels = _swiglu_kernels(gate_up)
+        if kernels is None:
+            return swiglu_operator.plain(gate_up, num_sms)
+        act = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        kernels.swiglu(kernels.vectors(gate_up), act, num_sms=sm_count(gate_up, num_sms))
+        return act
+
+    @staticmethod
+    def plain(gate_up, num_sms):
         gate, up = gate_up.to(wide(gate_up.dtype)).chunk(2, dim=1)
         return (gate * gate.sigmoid() * up).to(gate_up.dtype).contiguous()
-    act = _swiglu_fake(gate_up, num_sms)
-    kernels.swiglu(kernels.vectors(gate_up), act, num_sms=sm_count(gate_up, num_sms))
-    return act
+
+    @staticmethod
+    def save(ctx, inputs, output):
+        gate_up, ctx.num_sms = inputs
+        ctx.save_for_backward(gate_up)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (swiglu_backward_operator(dy, *ctx.saved_tensors, ctx.num_sms),)
 
 
-def _swiglu_fake(gate_up, num_sms):
-    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+@operator("swiglu_backward(Tensor dy, Tensor gate_up, int num_sms) -> Tensor")
+class swiglu_backward_operator:
+    """The gradient of gate_up [T, 2D] from that of the activation, dy [T, D]."""
 
+    @staticmethod
+    def forward(dy, gate_up, num_sms):
+        kernels = _swiglu_kernels(gate_up)
+        if kernels is None:
+            return swiglu_backward_operator.plain(dy, gate_up, num_sms)
+        d_gate_up = gate_up.new_empty(gate_up.shape)
+        rows = kernels.vectors(dy), kernels.vectors(gate_up)
+        kernels.swiglu_backward(*rows, d_gate_up, num_sms=sm_count(gate_up, num_sms))
+        return d_gate_up
 
-def _swiglu_backward(dy, gate_up, num_sms):
-    kernels = _swiglu_kernels(gate_up)
-    if kernels is None:
+    @staticmethod
+    def plain(dy, gate_up, num_sms):
         math = wide(gate_up.dtype)
         dy, (gate, up) = dy.to(math), gate_up.to(math).chunk(2, dim=1)
         s = gate.sigmoid()
         d_gate, d_up = dy * up * (s + gate * s * (1 - s)), dy * gate * s
         return torch.cat((d_gate, d_up), dim=1).to(gate_up.dtype).contiguous()
-    d_gate_up = gate_up.new_empty(gate_up.shape)
-    rows = kernels.vectors(dy), kernels.vectors(gate_up)
-    kernels.swiglu_backward(*rows, d_gate_up, num_sms=sm_count(gate_up, num_sms))
-    return d_gate_up
-
-
-def _swiglu_backward_fake(dy, gate_up, num_sms):
-    return gate_up.new_empty(gate_up.shape)
-
-
-def _save_swiglu(ctx, inputs, output):
-    gate_up, ctx.num_sms = inputs
-    ctx.save_for_backward(gate_up)
-
-
-def _swiglu_gradient(ctx, dy):
-    return _activated_backward(dy, *ctx.saved_tensors, ctx.num_sms), None
-
-
-_activated = define(
-    "swiglu(Tensor gate_up, int num_sms) -> Tensor",
-    _swiglu,
-    _swiglu_fake,
-    _swiglu_gradient,
-    _save_swiglu,
-)
-_activated_backward = define(
-    "swiglu_backward(Tensor dy, Tensor gate_up, int num_sms) -> Tensor",
-    _swiglu_backward,
-    _swiglu_backward_fake,
-)

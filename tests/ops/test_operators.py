@@ -168,7 +168,7 @@ def write_through_address(y, values):
 
 
 def test_rotary_in_place_counts_as_a_write(monkeypatch):
-    def write(x, cos, sin, positions, interleaved, inverse, num_sms, y):
+    def write(x, cos, sin, positions, options, y):
         write_through_address(y, 2 * x)
 
     monkeypatch.setattr(rotary_ops, "rotate_into", write)
