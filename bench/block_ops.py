@@ -22,9 +22,11 @@ import torch
 from compute import ROUNDS, SETS, environment, interleaved_medians
 
 import dualpipe_ext.ops.cross_entropy  # registers its operators
-import dualpipe_ext.ops.route  # noqa: F401, likewise
+import dualpipe_ext.ops.norm
+import dualpipe_ext.ops.route
+import dualpipe_ext.ops.swiglu  # noqa: F401, likewise
 from dualpipe_ext.moe.router import Router
-from dualpipe_ext.ops.block_ops import rotary_tables
+from dualpipe_ext.ops.rotary import rotary_tables
 from dualpipe_ext.triton_kernels.elementwise import (
     cross_entropy,
     cross_entropy_hopper,

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..gradients.delayed import DelayedLinear
-from ..ops.attention import flash_attention, runs_as_kernels
-from ..ops.block_ops import rotary
+from ..ops.attention import AttentionOptions, flash_attention, runs_as_kernels
 from ..ops.heads import split_heads, tables, turn_tail
 from ..ops.operator import check_num_sms
+from ..ops.rotary import rotary
 
 __all__ = ["GroupedQueryAttention", "LatentAttention"]
 
@@ -130,11 +130,11 @@ class GroupedQueryAttention(nn.Module):
         """Whether x would be attended to by `flash_attention`, and not by torch's."""
         return _uses_flash_attention(self, x, (self.head_width, self.head_width))
 
-    def kernel_options(self) -> tuple[bool, float, int, bool, str]:
+    def kernel_options(self) -> AttentionOptions:
         """Of `flash_attention.forward_operator`, behind the packed sequences."""
         deterministic = torch.are_deterministic_algorithms_enabled()
         num_sms = check_num_sms(self.num_sms)
-        return True, self.head_width**-0.5, num_sms, deterministic, "auto"
+        return AttentionOptions(True, self.head_width**-0.5, num_sms, deterministic, "auto")
 
 
 class LatentAttention(nn.Module):

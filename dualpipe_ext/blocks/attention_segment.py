@@ -19,9 +19,10 @@ from ..moe.layer import MoELayer
 from ..moe.router import Router
 from ..ops.attention import backward_into as attend_backward_into
 from ..ops.attention import forward_operator as attend_operator
-from ..ops.block_ops import norm_backward_operator, norm_operator, rotate_into
 from ..ops.heads import tables
+from ..ops.norm import norm_backward_operator, norm_operator
 from ..ops.operator import is_observed
+from ..ops.rotary import RotaryOptions, rotate_into
 from ..ops.route import route_backward_operator, route_operator
 from .attention import GroupedQueryAttention
 
@@ -104,23 +105,22 @@ class AttentionSegment:
         turns = tables(S, attention.head_width, attention.rope_base, x.device)
         heads = F.linear(n, w_qkv).view(B, S, -1, attention.head_width)
         qkv = self._turn(heads, turns, inverse=False)
-        how = attention.kernel_options()
-        mixed, lse = attend_operator(*qkv, None, None, *how)
+        options = attention.kernel_options()
+        mixed, lse = attend_operator(*qkv, None, None, options)
         joined = mixed.transpose(1, 2).flatten(2).flatten(0, 1)
-        self._attended = rows, n, rstd, turns, qkv, mixed, lse, how, joined
+        self._attended = rows, n, rstd, turns, qkv, mixed, lse, options, joined
         m, h, rstd = norm_operator(F.linear(joined, w_out), rows, w_second, second.eps, 0)
         return h.view(x.shape), m, *self._route(m, h, rstd, router)
 
     def _route(self, m: Tensor, h: Tensor, rstd: Tensor, router: Router) -> tuple[Tensor, ...]:
-        how, weight = router.kernel_options(), router.kernel_weight()
-        found = route_operator(m, weight, router.bias, *how)
-        topk_weight, probability_sum, topk_idx, count, logits = found
+        options, weight = router.kernel_options(), router.kernel_weight()
+        routed = route_operator(m, weight, router.bias, options)
+        topk_weight, probability_sum, topk_idx, count, logits = routed
         coefficient = self._block.feed_forward.aux_loss_coefficient
         factor = coefficient * router.loss_factor(m.shape[0])
         aux_loss = (probability_sum * count).sum() * factor
-        _, renormalize, n_groups, _, route_scale, num_sms = how
-        how = router.bias is None, renormalize, n_groups, route_scale, num_sms
-        self._routed = (m, weight, logits, topk_idx), how, h, rstd, count, factor
+        options = options.of_backward(softmax=router.bias is None)
+        self._routed = (m, weight, logits, topk_idx), options, h, rstd, count, factor
         return topk_weight, aux_loss, topk_idx, count
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class AttentionSegment:
         d_aux_loss: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of h [T, H], of the second norm's weight and of the router's."""
-        (m, weight, logits, topk_idx), how, h, rstd, count, factor = self._routed
+        (m, weight, logits, topk_idx), options, h, rstd, count, factor = self._routed
         self._routed = None
         if d_topk_weight is None:
             d_topk_weight = torch.zeros_like(topk_idx, dtype=torch.float32)
@@ -154,7 +154,7 @@ class AttentionSegment:
         if d_aux_loss is not None:
             d_sum = count * (d_aux_loss * factor)
         saved = m, weight, logits, topk_idx
-        d_normed, d_router = route_backward_operator(d_topk_weight, d_sum, *saved, *how)
+        d_normed, d_router = route_backward_operator(d_topk_weight, d_sum, *saved, options)
         if d_m is not None:
             d_normed += d_m.view_as(d_normed)
         d_h = None if d_h is None else d_h.reshape(h.shape)
@@ -164,14 +164,14 @@ class AttentionSegment:
 
     def _attend_backward(self, d_h: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of x [B, S, H] and of the first norm's weight."""
-        rows, n, rstd, turns, qkv, mixed, lse, how, joined = self._attended
+        rows, n, rstd, turns, qkv, mixed, lse, options, joined = self._attended
         self._attended = None
         w_first, w_qkv, w_out, _, _ = self._weights
         add_linear(self._later, (w_out,), joined, d_h)
         B, N, S, D = mixed.shape
         d_mixed = (d_h @ w_out).view(B, S, N, D).transpose(1, 2)
         d_heads = n.new_empty(B, S, w_qkv.shape[0] // D, D)
-        attend_backward_into(self._split(d_heads), d_mixed, *qkv, mixed, lse, None, None, *how)
+        attend_backward_into(self._split(d_heads), d_mixed, *qkv, mixed, lse, None, None, options)
         self._turn(d_heads, turns, inverse=True)
         d_heads = d_heads.view(B * S, -1)
         add_linear(self._later, (w_qkv,), n, d_heads)
@@ -181,7 +181,7 @@ class AttentionSegment:
     def _turn(self, heads: Tensor, turns: tuple[Tensor, Tensor], *, inverse: bool) -> list[Tensor]:
         """Rotates queries and keys of heads [B, S, N + 2G, D] in place; returns their `_split`."""
         turned = heads[:, :, : heads.shape[2] - self._block.attention.kv_heads]
-        rotate_into(turned, *turns, None, False, inverse, 0, turned)
+        rotate_into(turned, *turns, None, RotaryOptions(inverse=inverse), turned)
         return self._split(heads)
 
     def _split(self, heads: Tensor) -> list[Tensor]:

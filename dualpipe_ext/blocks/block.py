@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..compat import has_module_hooks
 from ..moe.routed import RoutedFeedForward
-from ..ops.block_ops import rms_norm
+from ..ops.norm import rms_norm
 from .chunk import BlockChunk, DenseChunk, RoutedChunk
 
 __all__ = ["TransformerBlock"]

@@ -21,7 +21,7 @@ from ..ops.operator import device_facts
 from ..ranks.peer_memory import PeerMemory
 from .plan import Plan, RoutingLayout, bad_index_error
 
-__all__ = ["CHANNEL_INDEX", "NvlinkBackend", "NvlinkPlan", "address", "aligned"]
+__all__ = ["CHANNEL_INDEX", "NvlinkBackend", "NvlinkPlan", "address"]
 
 CHANNEL_INDEX = {"forward": 0, "backward": 1}
 PLAN_SMS = 16  # for tens of µs, where copy engines do the rest
@@ -216,8 +216,3 @@ class NvlinkBackend:
 
 def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values at an address that 16-byte accesses can use; seldom a copy."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

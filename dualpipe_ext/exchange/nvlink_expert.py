@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from ..ops.operator import aligned
 from .backend import Arrival, Departure, ExpertRows, Weighted
-from .nvlink import CHANNEL_INDEX, NvlinkBackend, NvlinkPlan, address, aligned
+from .nvlink import CHANNEL_INDEX, NvlinkBackend, NvlinkPlan, address
 
 __all__ = ["NvlinkExpertBackend"]
 

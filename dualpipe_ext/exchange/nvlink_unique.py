@@ -13,9 +13,10 @@ import torch
 
 from ..errors import DualPipeError
 from ..ops.fp8 import E4M3
+from ..ops.operator import aligned
 from ..triton_kernels.experts import rows as expert_rows
 from .backend import Arrival, Departure, UniqueRows, Weighted
-from .nvlink import CHANNEL_INDEX, NvlinkBackend, NvlinkPlan, address, aligned
+from .nvlink import CHANNEL_INDEX, NvlinkBackend, NvlinkPlan, address
 
 __all__ = ["NvlinkUniqueBackend"]
 

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..compat import call_post_accumulate_hooks, has_tensor_hooks
-from ..ops.operator import autocast_off
+from ..ops.main_grad import gradient_of, main_grad_of
+from ..ops.operator import autocast_off, wide
 
 __all__ = [
     "DelayedLinear",
@@ -91,11 +92,10 @@ def _total(parameter: nn.Parameter) -> Tensor | None:
     That is where there is no plain tensor yet, or one that is part of a graph, and where somebody
     may want to see each gradient by itself.
     """
-    main_grad = getattr(parameter, "main_grad", None)
-    total = parameter.grad if main_grad is None else main_grad
+    total = gradient_of(parameter)
     if type(total) is not Tensor or total.requires_grad or not total.is_contiguous():
         return None
-    if not parameter.requires_grad or (main_grad is None and _is_watched(parameter)):
+    if not parameter.requires_grad or (main_grad_of(parameter) is None and _is_watched(parameter)):
         return None
     return total
 
@@ -122,7 +122,7 @@ def accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | 
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None or not parameter.requires_grad:
             continue
-        main_grad = getattr(parameter, "main_grad", None)
+        main_grad = main_grad_of(parameter)
         if main_grad is not None:
             main_grad.add_(gradient)
         else:
@@ -208,8 +208,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> bool:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
         return True
-    wide = a.is_cuda and total.dtype == torch.float32 and a.dtype != torch.float64
-    if wide and hasattr(torch.ops.aten.addmm, "dtype_out"):
+    sums_fp32 = a.is_cuda and total.dtype == wide(a.dtype) == torch.float32
+    if sums_fp32 and hasattr(torch.ops.aten.addmm, "dtype_out"):
         torch.addmm(total, a, b, torch.float32, out=total)
         return True
     return False

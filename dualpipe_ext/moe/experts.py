@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..balance.load import LoadWindow
 from ..balance.placement import ExpertPlacement, SlotTables
+from ..ops.main_grad import gradient_of
 from ..ranks.agreement import Agreement
 from ..ranks.groups import Group, process_group
 from ..ranks.row_transfer import RowTransfer
-from .moves import gradient_of, list_expert_tensors, move_experts
+from .moves import list_expert_tensors, move_experts
 
 __all__ = ["PlacedExperts", "check_multiples_of_8"]
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ..exchange.exchange import Exchange
 from ..gradients.delayed import linear
-from ..ops.block_ops import swiglu
 from ..ops.grouped_fp8 import check_fp8, is_fp8
 from ..ops.grouped_mlp import grouped_mlp
+from ..ops.main_grad import carry_main_grad
 from ..ops.operator import autocast_off
+from ..ops.swiglu import swiglu
 from ..ranks.groups import Group
 from ..triton_kernels.launch import available
 from .experts import PlacedExperts, check_multiples_of_8
@@ -422,11 +423,7 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`weight` in `dtype`, whose gradient goes where that of the weight would: to `main_grad`."""
-    cast = weight.to(dtype)
-    main_grad = getattr(weight, "main_grad", None)
-    if cast is not weight and main_grad is not None:
-        cast.main_grad = main_grad  # type: ignore[attr-defined]  # Megatron's, not torch's
-    return cast
+    return carry_main_grad(weight, weight.to(dtype))
 
 
 def _options_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:

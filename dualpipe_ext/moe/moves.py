@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from ..balance.placement import ExpertPlacement
 from ..errors import DualPipeError
+from ..ops.main_grad import main_grad_of
 from ..ranks.agreement import Agreement
 from ..ranks.row_transfer import RowTransfer
 
-__all__ = ["ExpertTensor", "gradient_of", "list_expert_tensors", "move_experts"]
+__all__ = ["ExpertTensor", "list_expert_tensors", "move_experts"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +44,6 @@ class ExpertTensor:
         """What all ranks must have in common."""
         shape = list(self.tensor.shape)
         return f"{self.name} {shape} {self.tensor.dtype} {self.is_gradient}"
-
-
-def gradient_of(parameter: Tensor) -> Tensor | None:
-    """The gradient that an optimizer will use: ``main_grad`` where there is one, else ``grad``."""
-    main_grad = getattr(parameter, "main_grad", None)
-    return parameter.grad if main_grad is None else main_grad
 
 
 def list_expert_tensors(
@@ -75,7 +70,7 @@ def list_expert_tensors(
     found = []
     for name, parameter in parameters.items():
         found.append(ExpertTensor(name, parameter))
-        main_grad = getattr(parameter, "main_grad", None)
+        main_grad = main_grad_of(parameter)
         if main_grad is not None:
             found.append(ExpertTensor(f"{name}.main_grad", main_grad, is_gradient=True))
         if parameter.grad is not None and parameter.grad is not main_grad:

@@ -14,14 +14,14 @@ Two kinds:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.operator import autocast_off, check_num_sms
-from ..ops.route import fits_hopper, route_operator
+from ..ops.route import RouteOptions, fits_hopper, route_operator
 from ..ops.route_reference import balance_loss, count_tokens, score, select_experts, weigh
 
 __all__ = ["Router", "Routes"]
@@ -147,7 +147,7 @@ class Router(nn.Module):
         return fits_hopper(x, self.weight, self.topk, self.n_groups)
 
     def _fused(self, x: Tensor) -> Routes:
-        routed = route_operator(x, self.kernel_weight(), self.bias, *self.kernel_options())
+        routed = route_operator(x, self.kernel_weight(), self.bias, self.kernel_options())
         topk_weight, probability_sum, topk_idx, tokens_per_expert, _ = routed
         products = (probability_sum * tokens_per_expert).sum()
         aux_loss = products * self.loss_factor(x.shape[0])
@@ -157,11 +157,11 @@ class Router(nn.Module):
         """In a dtype that the fused operator takes."""
         return self.weight if self.weight.dtype == torch.bfloat16 else self.weight.float()
 
-    def kernel_options(self) -> tuple[Any, ...]:
+    def kernel_options(self) -> RouteOptions:
         """Of `ops.route.route_operator`, behind the bias."""
         groups = self.n_groups, self.topk_groups
         num_sms = check_num_sms(self.num_sms)
-        return self.topk, self.renormalize, *groups, self.route_scale, num_sms
+        return RouteOptions(self.topk, self.renormalize, *groups, self.route_scale, num_sms)
 
     def loss_factor(self, num_tokens: int) -> float:
         """Of sum(probability_sum * tokens_per_expert) in the balance loss, T * K routes known."""

@@ -9,20 +9,50 @@ FlashAttention (arXiv 2205.14135, 2307.08691, 2407.08608). Two implementations c
 Gluon kernels on Hopper GPUs, and plain torch, which holds one head's scores at a time, anywhere.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..compat import constant_in_graphs
-from .operator import define, device_facts, has_gluon, without_autocast, without_missing_kernels
+from .operator import (
+    Options,
+    device_facts,
+    has_gluon,
+    is_aligned,
+    operator,
+    sm_count,
+    wide,
+    without_autocast,
+    without_missing_kernels,
+)
 
-__all__ = ["flash_attention", "runs_as_kernels"]
+__all__ = [
+    "AttentionOptions",
+    "backward_into",
+    "flash_attention",
+    "forward_operator",
+    "runs_as_kernels",
+]
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = ((64, 64), (128, 128), (192, 128))  # (D, V) that the kernels take
+
+
+@dataclass(frozen=True)
+class AttentionOptions(Options):
+    """As in `flash_attention`, all given."""
+
+    causal: bool
+    scale: float
+    num_sms: int  # 0 = all
+    deterministic: bool
+    implementation: str
 
 
 def flash_attention(
@@ -62,10 +92,8 @@ def flash_attention(
     scale = None if scale is None else float(scale)
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, num_sms, implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return forward_operator(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms or 0, deterministic,
-        implementation,
-    )[0]  # fmt: skip
+    options = AttentionOptions(causal, scale, num_sms or 0, deterministic, implementation)
+    return forward_operator(q, k, v, cu_seqlens_q, cu_seqlens_k, options)[0]
 
 
 def runs_as_kernels(q: Tensor, widths: tuple[int, int]) -> bool:
@@ -156,7 +184,7 @@ def _heads(q, k, v, lse, starts_q, starts_k, *more) -> Iterator[tuple[Tensor, ..
         places = [(b, slice(None), slice(None)) for b in range(q.shape[0])]
     else:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        more = [(x.transpose(0, 1)[None], like) for x, like in more]
+        more = [(x.transpose(0, 1)[None], side) for x, side in more]
         lse = lse[None]
         spans = zip(_spans(q[0, 0], starts_q, "cu_seqlens_q"),
                     _spans(k[0, 0], starts_k, "cu_seqlens_k"), strict=True)  # fmt: skip
@@ -165,14 +193,14 @@ def _heads(q, k, v, lse, starts_q, starts_k, *more) -> Iterator[tuple[Tensor, ..
     for b, rows_q, rows_k in places:
         for n in range(q.shape[1]):
             g = n // share
-            cut = (x[b, n, rows_q] if like == "q" else x[b, g, rows_k] for x, like in more)
+            cut = (x[b, n, rows_q] if side == "q" else x[b, g, rows_k] for x, side in more)
             yield q[b, n, rows_q], k[b, g, rows_k], v[b, g, rows_k], lse[b, n, rows_q], *cut
 
 
-def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    s = q.to(wide) @ k.to(wide).T * scale
-    if causal:
+def _scores(q: Tensor, k: Tensor, options: AttentionOptions) -> Tensor:
+    math = wide(q.dtype)
+    s = q.to(math) @ k.to(math).T * options.scale
+    if options.causal:
         hidden = torch.ones_like(s, dtype=torch.bool).triu(k.shape[0] - q.shape[0] + 1)
         s.masked_fill_(hidden, -torch.inf)
     return s
@@ -184,32 +212,30 @@ def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
 
 
 @without_autocast
-def _reference_forward(q, k, v, starts_q, starts_k, causal, scale, out, lse) -> None:
+def _reference_forward(q, k, v, starts_q, starts_k, options, out, lse) -> None:
     if starts_q is not None:
         out.zero_()
     for q1, k1, v1, lse1, out1 in _heads(q, k, v, lse, starts_q, starts_k, (out, "q")):
-        s = _scores(q1, k1, causal, scale)
+        s = _scores(q1, k1, options)
         lse1.copy_(s.logsumexp(1))
         out1.copy_(_probabilities(s, lse1) @ v1.to(s.dtype))
 
 
 @without_autocast
-def _reference_backward(
-    d_out, q, k, v, out, lse, starts_q, starts_k, causal, scale, dq, dk, dv
-) -> None:
-    wide = lse.dtype
+def _reference_backward(d_out, q, k, v, out, lse, starts_q, starts_k, options, dq, dk, dv) -> None:
+    math = lse.dtype
     dq.zero_()
     # Heads that share keys add up before they are rounded.
-    dk_sum, dv_sum = (torch.zeros_like(x, dtype=wide) for x in (dk, dv))
+    dk_sum, dv_sum = (torch.zeros_like(x, dtype=math) for x in (dk, dv))
     more = ((d_out, "q"), (out, "q"), (dq, "q"), (dk_sum, "k"), (dv_sum, "k"))
-    cut = _heads(q, k, v, lse, starts_q, starts_k, *more)
-    for q1, k1, v1, lse1, d_out1, out1, dq1, dk1, dv1 in cut:
-        p = _probabilities(_scores(q1, k1, causal, scale), lse1)
-        d_out1 = d_out1.to(wide)
-        delta = (d_out1 * out1.to(wide)).sum(1, keepdim=True)
-        ds = p * (d_out1 @ v1.to(wide).T - delta) * scale
-        dq1.copy_(ds @ k1.to(wide))
-        dk1 += ds.T @ q1.to(wide)
+    heads = _heads(q, k, v, lse, starts_q, starts_k, *more)
+    for q1, k1, v1, lse1, d_out1, out1, dq1, dk1, dv1 in heads:
+        p = _probabilities(_scores(q1, k1, options), lse1)
+        d_out1 = d_out1.to(math)
+        delta = (d_out1 * out1.to(math)).sum(1, keepdim=True)
+        ds = p * (d_out1 @ v1.to(math).T - delta) * options.scale
+        dq1.copy_(ds @ k1.to(math))
+        dk1 += ds.T @ q1.to(math)
         dv1 += p.T @ d_out1
     dk.copy_(dk_sum)
     dv.copy_(dv_sum)
@@ -243,14 +269,10 @@ def _use_kernels(q: Tensor, v: Tensor, implementation: str) -> bool:
 def _rows(x: Tensor, packed: bool) -> Tensor:
     """x as [B, heads, S, width] that TMA can read: copied if its strides do not allow that."""
     *outer, last = x.stride()
-    fits = last == 1 and x.data_ptr() % 16 == 0
+    fits = last == 1 and is_aligned(x)
     fits = fits and all(s and s % 8 == 0 for s, n in zip(outer, x.shape, strict=False) if n > 1)
     x = x if fits else x.clone(memory_format=torch.contiguous_format)
     return x.transpose(0, 1)[None] if packed else x
-
-
-def _num_sms(x: Tensor, num_sms: int) -> int:
-    return num_sms or device_facts(x.device)[0]
 
 
 # ---- Operators ----
@@ -265,135 +287,136 @@ def _empty_like(x: Tensor, width: int, packed: bool) -> Tensor:
 
 
 def _forward_outputs(q: Tensor, v: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
-    return _empty_like(q, v.shape[-1], packed), q.new_empty(shape, dtype=wide)
-
-
-def _forward(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms, deterministic, implementation
-):
-    packed = cu_seqlens_q is not None
-    out, lse = _forward_outputs(q, v, packed)
-    starts = (cu_seqlens_q, cu_seqlens_k)
-    if not _use_kernels(q, v, implementation):
-        _reference_forward(q, k, v, *starts, causal, scale, out, lse)
-    elif not k.numel():
-        out.zero_()
-        lse.fill_(-torch.inf)
-    elif q.numel():
-        from ..triton_kernels.attention.delta import clear_tail
-        from ..triton_kernels.attention.forward import attention_forward
-
-        sms = _num_sms(q, num_sms)
-        rows = [_rows(x, packed) for x in (q, k, v, out)]
-        attention_forward(*rows, lse, *starts, causal=causal, scale=scale, num_sms=sms)
-        if packed:
-            clear_tail(out, cu_seqlens_q, num_sms=sms)
-    return out, lse
-
-
-def _forward_fake(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms, deterministic, implementation
-):
-    return _forward_outputs(q, v, cu_seqlens_q is not None)
-
-
-def _backward(d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *how):
-    packed = cu_seqlens_q is not None
-    gradients = tuple(_empty_like(x, x.shape[-1], packed) for x in (q, k, v))
-    backward_into(gradients, d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *how)
-    return gradients
+    return _empty_like(q, v.shape[-1], packed), q.new_empty(shape, dtype=wide(q.dtype))
 
 
 @without_missing_kernels
 def backward_into(
-    gradients, d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale, num_sms,
-    deterministic, implementation,
-):  # fmt: skip
+    gradients, d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options: AttentionOptions
+) -> None:
     """The backward operator, into tensors of the caller's: at multiples of 16 bytes, with strides
     that are multiples of 8, but for the last, which is 1."""
     packed = cu_seqlens_q is not None
     starts = (cu_seqlens_q, cu_seqlens_k)
-    dq, dk, dv = gradients
-    if not _use_kernels(q, v, implementation):
-        _reference_backward(d_out, q, k, v, out, lse, *starts, causal, scale, dq, dk, dv)
+    if not _use_kernels(q, v, options.implementation):
+        _reference_backward(d_out, q, k, v, out, lse, *starts, options, *gradients)
     elif not q.numel() or not k.numel():
         for x in gradients:
             x.zero_()
     else:
-        rows = [_rows(x, packed) for x in (q, k, v, d_out, out, dq, dk, dv)]
+        rows = [_rows(x, packed) for x in (q, k, v, d_out, out, *gradients)]
         for x, written in zip(gradients, rows[5:], strict=True):
             if x.data_ptr() != written.data_ptr():
                 raise ValueError(
                     f"a gradient starts at {x.data_ptr():#x} with strides {x.stride()}: pass "
                     "multiples of 16 bytes and of 8"
                 )
-        how = dict(causal=causal, scale=scale, num_sms=_num_sms(q, num_sms))
-        _backward_kernels(*rows, lse, *starts, deterministic, how)
+        sms = sm_count(q, options.num_sms)
+        _backward_kernels(*rows, lse, *starts, options, sms)
         if packed:
             from ..triton_kernels.attention.delta import clear_tail
 
-            for x, ends in ((dq, cu_seqlens_q), (dk, cu_seqlens_k), (dv, cu_seqlens_k)):
-                clear_tail(x, ends, num_sms=how["num_sms"])
+            ends = (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k)
+            for x, end in zip(gradients, ends, strict=True):
+                clear_tail(x, end, num_sms=sms)
 
 
 def _backward_kernels(
-    q, k, v, d_out, out, dq, dk, dv, lse, starts_q, starts_k, deterministic, how
+    q, k, v, d_out, out, dq, dk, dv, lse, starts_q, starts_k, options: AttentionOptions, sms: int
 ) -> None:
-    from dataclasses import replace
-
     from ..triton_kernels.attention.backward import BACKWARD, attention_backward
     from ..triton_kernels.attention.backward_query import query_gradient
     from ..triton_kernels.attention.delta import finish_query_gradient, prepare, scratch_rows
 
     D, V = q.shape[3], v.shape[3]
     config = BACKWARD[D, V]
-    config = replace(config, fused=config.fused and not deterministic)
+    config = replace(config, fused=config.fused and not options.deterministic)
     count = scratch_rows(q, starts_q)
     lse_rows, delta = lse.new_empty(count), lse.new_empty(count)
     dq_sum = lse.new_empty(count, D) if config.fused else None
-    sms = how["num_sms"]
     prepare(out, d_out, lse, starts_q, lse_rows, delta, dq_sum, num_sms=sms)
     scratch = (lse_rows, delta)
+    scores = dict(causal=options.causal, scale=options.scale, num_sms=sms)
     attention_backward(
-        q, k, v, d_out, *scratch, dk, dv, dq_sum, starts_q, starts_k, config=config, **how
+        q, k, v, d_out, *scratch, dk, dv, dq_sum, starts_q, starts_k, config=config, **scores
     )
     if config.fused:
-        finish_query_gradient(dq_sum, dq, starts_q, scale=how["scale"], num_sms=sms)
+        finish_query_gradient(dq_sum, dq, starts_q, scale=options.scale, num_sms=sms)
     else:
-        query_gradient(q, k, v, d_out, *scratch, dq, starts_q, starts_k, **how)
+        query_gradient(q, k, v, d_out, *scratch, dq, starts_q, starts_k, **scores)
 
 
-def _backward_fake(d_out, q, k, v, out, lse, cu_seqlens_q, *rest):
-    packed = cu_seqlens_q is not None
-    return tuple(_empty_like(x, x.shape[-1], packed) for x in (q, k, v))
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.how = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
-
-
-def _autograd_backward(ctx, d_out, _d_lse):
-    gradients = _backward_operator(d_out, *ctx.saved_tensors, *ctx.how)
-    return *gradients, *(None,) * (2 + len(ctx.how))
-
-
-_HOW = "bool causal, float scale, int num_sms, bool deterministic, str implementation"
 _STARTS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
-forward_operator = define(
-    f"flash_attention_forward(Tensor q, Tensor k, Tensor v, {_STARTS}, {_HOW}) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    _autograd_backward,
-    _setup_context,
-)
-_backward_operator = define(
+
+
+class _Forward:
+    """out, as `flash_attention` returns it, and lse [B, N, S_q], or packed [N, T_q]."""
+
+    @staticmethod
+    def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, options):
+        packed = cu_seqlens_q is not None
+        out, lse = _forward_outputs(q, v, packed)
+        starts = (cu_seqlens_q, cu_seqlens_k)
+        if not _use_kernels(q, v, options.implementation):
+            _reference_forward(q, k, v, *starts, options, out, lse)
+        elif not k.numel():
+            out.zero_()
+            lse.fill_(-torch.inf)
+        elif q.numel():
+            from ..triton_kernels.attention.delta import clear_tail
+            from ..triton_kernels.attention.forward import attention_forward
+
+            sms = sm_count(q, options.num_sms)
+            rows = [_rows(x, packed) for x in (q, k, v, out)]
+            attention_forward(
+                *rows, lse, *starts, causal=options.causal, scale=options.scale, num_sms=sms
+            )
+            if packed:
+                clear_tail(out, cu_seqlens_q, num_sms=sms)
+        return out, lse
+
+    @staticmethod
+    def fake(q, k, v, cu_seqlens_q, cu_seqlens_k, options):
+        return _forward_outputs(q, v, cu_seqlens_q is not None)
+
+    @staticmethod
+    def save(ctx, inputs, output):
+        q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.options = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+
+    @staticmethod
+    def backward(ctx, d_out, _d_lse):
+        return backward_operator(d_out, *ctx.saved_tensors, ctx.options)
+
+
+forward_operator = operator(
+    f"flash_attention_forward(Tensor q, Tensor k, Tensor v, {_STARTS}, "
+    f"{AttentionOptions.schema()}) -> (Tensor, Tensor)",
+    AttentionOptions,
+)(_Forward)
+
+
+class _Backward:
+    """The gradients of q, k and v."""
+
+    @staticmethod
+    def forward(d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options):
+        packed = cu_seqlens_q is not None
+        gradients = tuple(_empty_like(x, x.shape[-1], packed) for x in (q, k, v))
+        backward_into(gradients, d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options)
+        return gradients
+
+    @staticmethod
+    def fake(d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options):
+        packed = cu_seqlens_q is not None
+        return tuple(_empty_like(x, x.shape[-1], packed) for x in (q, k, v))
+
+
+backward_operator = operator(
     "flash_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, {_STARTS}, {_HOW}) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+    f"Tensor lse, {_STARTS}, {AttentionOptions.schema()}) -> (Tensor, Tensor, Tensor)",
+    AttentionOptions,
+)(_Backward)

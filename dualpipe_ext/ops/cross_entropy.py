@@ -11,14 +11,43 @@ bits in every run and for every `num_sms`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .operator import check_num_sms, define, device_facts, has_gluon, sm_count, use_triton, wide
+from .operator import (
+    Options,
+    check_num_sms,
+    device_facts,
+    has_gluon,
+    is_aligned,
+    operator,
+    sm_count,
+    use_triton,
+    wide,
+)
 
-__all__ = ["cross_entropy"]
+__all__ = ["CrossEntropyOptions", "cross_entropy", "losses"]
 
 REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class CrossEntropyOptions(Options):
+    """As in `cross_entropy`."""
+
+    ignore_index: int
+    z_loss: float
+    num_sms: int  # 0 = all
+
+    def of_kernel(self, logits: Tensor) -> dict:
+        """As the kernels take them."""
+        return {
+            "ignore_index": self.ignore_index,
+            "z_loss": self.z_loss,
+            "num_sms": sm_count(logits, self.num_sms),
+        }
 
 
 def cross_entropy(
@@ -51,16 +80,16 @@ def cross_entropy(
         TypeError: logits that are not floating, targets that are not integers.
         ValueError: shapes that do not fit, an unknown reduction, ``inplace`` with "none".
     """
-    rows, flat = _check(logits, targets, reduction, inplace)
-    how = (ignore_index, float(z_loss), check_num_sms(num_sms))
+    rows, row_targets = _check(logits, targets, reduction, inplace)
+    options = CrossEntropyOptions(ignore_index, float(z_loss), check_num_sms(num_sms))
     if inplace and torch.is_grad_enabled() and logits.requires_grad:
-        factor = _factor(flat, ignore_index, reduction, wide(logits.dtype))
-        loss = _InPlace.apply(rows, flat, factor, *how)
+        factor = _factor(row_targets, ignore_index, reduction, wide(logits.dtype))
+        loss = _InPlace.apply(rows, row_targets, factor, options)
         return loss.sum() * factor[0]
-    loss, _ = torch.ops.dualpipe_ext.cross_entropy(rows, flat, *how)
+    loss, _ = cross_entropy_operator(rows, row_targets, options)
     if reduction == "none":
         return loss.view(targets.shape)
-    return loss.sum() * _factor(flat, ignore_index, reduction, loss.dtype)[0]
+    return loss.sum() * _factor(row_targets, ignore_index, reduction, loss.dtype)[0]
 
 
 def _check(logits, targets, reduction, inplace) -> tuple[Tensor, Tensor]:
@@ -97,12 +126,10 @@ class _InPlace(torch.autograd.Function):
     """Losses [T], with the gradient of factor · Σ loss in place of the logits."""
 
     @staticmethod
-    def forward(ctx, logits, targets, factor, ignore_index, z_loss, num_sms):
+    def forward(ctx, logits, targets, factor, options):
         gradient = logits.detach()
-        loss = torch.ops.dualpipe_ext.cross_entropy_(
-            gradient, targets, factor, ignore_index, z_loss, num_sms
-        )
-        ctx.gradient, ctx.factor, ctx.num_sms = gradient, factor, num_sms
+        loss = cross_entropy_in_place_operator.dispatch(gradient, targets, factor, options)
+        ctx.gradient, ctx.factor, ctx.num_sms = gradient, factor, options.num_sms
         return loss
 
     @staticmethod
@@ -116,152 +143,174 @@ class _InPlace(torch.autograd.Function):
             )
         # All of d_loss is the gradient of the mean or sum, times factor: 1 unless that was scaled.
         scale = d_loss[:1] / ctx.factor
-        torch.ops.dualpipe_ext.scale_rows_(gradient, scale, ctx.num_sms)
-        return gradient, None, None, None, None, None
+        scale_rows_operator.dispatch(gradient, scale, ctx.num_sms)
+        return gradient, None, None, None
 
 
 # ---- Plain torch ----
 
 
-def _gradient(logits, targets, lse, d_loss, ignore_index, z_loss) -> Tensor:
+def _gradient(logits, targets, lse, d_loss, options: CrossEntropyOptions) -> Tensor:
     """d_loss [T] or [1] times the gradient of every row's loss, in the dtype of lse."""
     V = logits.shape[1]
     known = (targets >= 0) & (targets < V)
     d_loss = torch.where(known, d_loss, torch.nan)
-    slope = d_loss * (1 + 2 * z_loss * lse)
+    slope = d_loss * (1 + 2 * options.z_loss * lse)
     gradient = (logits.to(lse.dtype) - lse[:, None]).exp() * slope[:, None]
     gradient.scatter_add_(1, targets.long().clamp(0, V - 1)[:, None], -d_loss[:, None])
-    return gradient.masked_fill_((targets == ignore_index)[:, None], 0)
+    return gradient.masked_fill_((targets == options.ignore_index)[:, None], 0)
 
 
-def _losses(logits, targets, ignore_index, z_loss) -> tuple[Tensor, Tensor]:
+def losses(logits, targets, options: CrossEntropyOptions) -> tuple[Tensor, Tensor]:
+    """The loss and the lse of every row, [T] each."""
     V = logits.shape[1]
     x = logits.to(wide(logits.dtype))
     lse = x.logsumexp(dim=1)
     at_target = x.gather(1, targets.long().clamp(0, V - 1)[:, None])[:, 0]
-    loss = lse - at_target + z_loss * lse.square()
+    loss = lse - at_target + options.z_loss * lse.square()
     loss = torch.where((targets >= 0) & (targets < V), loss, torch.nan)
-    return loss.masked_fill(targets == ignore_index, 0), lse
+    return loss.masked_fill(targets == options.ignore_index, 0), lse
 
 
-# ---- Operators ----
+# ---- Kernels ----
+
+
+def _takes_kernels(logits: Tensor) -> bool:
+    return use_triton(logits) and logits.numel() != 0
 
 
 def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _forward(logits, targets, ignore_index, z_loss, num_sms):
-    if not use_triton(logits) or logits.numel() == 0:
-        return _losses(logits, targets, ignore_index, z_loss)
-    loss, lse = _forward_fake(logits, targets, ignore_index, z_loss, num_sms)
-    how = dict(ignore_index=ignore_index, z_loss=z_loss, num_sms=sm_count(logits, num_sms))
-    rows = _rows(logits)
-    if _fits_hopper(rows):
-        from ..triton_kernels.elementwise.cross_entropy_hopper import cross_entropy_loss
-
-        cross_entropy_loss(rows, targets, loss, lse, **how)
-    else:
-        from ..triton_kernels.elementwise import cross_entropy as kernels
-
-        kernels.cross_entropy(rows, targets, loss, lse=lse, **how)
-    return loss, lse
-
-
 def _fits_hopper(rows: Tensor) -> bool:
     """Whether rows are 16-bit numbers that lie evenly, on a Hopper GPU."""
-    if not rows.is_cuda or rows.element_size() != 2 or rows.data_ptr() % 16:
+    if not rows.is_cuda or rows.element_size() != 2 or not is_aligned(rows):
         return False
     if rows.shape[1] % 8 or rows.stride(0) % 8:
         return False
     return device_facts(rows.device)[1][0] == 9 and has_gluon()
 
 
-def _forward_fake(logits, targets, ignore_index, z_loss, num_sms):
-    loss = logits.new_empty(logits.shape[:1], dtype=wide(logits.dtype))
-    return loss, torch.empty_like(loss)
+# ---- Operators ----
 
 
-def _backward(d_loss, logits, targets, lse, ignore_index, z_loss, num_sms):
-    if not use_triton(logits) or logits.numel() == 0:
-        gradient = _gradient(logits, targets, lse, d_loss, ignore_index, z_loss)
-        return gradient.to(logits.dtype)
-    from ..triton_kernels.elementwise import cross_entropy as kernels
+class _CrossEntropy:
+    """The loss and the lse of every row, [T] each."""
 
-    gradient = logits.new_empty(logits.shape)
-    how = dict(ignore_index=ignore_index, z_loss=z_loss, num_sms=sm_count(logits, num_sms))
-    kernels.cross_entropy_gradient(d_loss, _rows(logits), targets, lse, gradient, **how)
-    return gradient
+    @staticmethod
+    def forward(logits, targets, options):
+        if not _takes_kernels(logits):
+            return losses(logits, targets, options)
+        loss = logits.new_empty(logits.shape[:1], dtype=wide(logits.dtype))
+        lse = torch.empty_like(loss)
+        rows = _rows(logits)
+        if _fits_hopper(rows):
+            from ..triton_kernels.elementwise.cross_entropy_hopper import cross_entropy_loss
 
+            cross_entropy_loss(rows, targets, loss, lse, **options.of_kernel(logits))
+        else:
+            from ..triton_kernels.elementwise import cross_entropy as kernels
 
-def _backward_fake(d_loss, logits, targets, lse, ignore_index, z_loss, num_sms):
-    return logits.new_empty(logits.shape)
+            kernels.cross_entropy(rows, targets, loss, lse=lse, **options.of_kernel(logits))
+        return loss, lse
 
+    plain = staticmethod(losses)
 
-def _in_place(logits, targets, factor, ignore_index, z_loss, num_sms):
-    if not use_triton(logits) or logits.numel() == 0:
-        loss, lse = _losses(logits, targets, ignore_index, z_loss)
-        logits.copy_(_gradient(logits, targets, lse, factor, ignore_index, z_loss))
-        return loss
-    from ..triton_kernels.elementwise import cross_entropy as kernels
+    @staticmethod
+    def save(ctx, inputs, output):
+        logits, targets, ctx.options = inputs
+        _, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(logits, targets, lse)
 
-    rows = _rows(logits)
-    loss = logits.new_empty(logits.shape[:1], dtype=torch.float32)
-    how = dict(ignore_index=ignore_index, z_loss=z_loss, num_sms=sm_count(logits, num_sms))
-    kernels.cross_entropy(rows, targets, loss, gradient=rows, factor=factor, **how)
-    if rows is not logits:
-        logits.copy_(rows)
-    return loss
-
-
-def _in_place_fake(logits, targets, factor, ignore_index, z_loss, num_sms):
-    return logits.new_empty(logits.shape[:1], dtype=wide(logits.dtype))
+    @staticmethod
+    def backward(ctx, d_loss, _d_lse):
+        return (cross_entropy_backward_operator(d_loss, *ctx.saved_tensors, ctx.options),)
 
 
-def _scale_rows(rows, factor, num_sms):
-    if rows.numel() == 0:
-        return
-    if not use_triton(rows) or rows.stride(1) != 1:
-        rows.mul_(factor)
-        return
-    from ..triton_kernels.elementwise import cross_entropy as kernels
-
-    kernels.scale_rows(rows, factor, num_sms=sm_count(rows, num_sms))
+cross_entropy_operator = operator(
+    f"cross_entropy(Tensor logits, Tensor targets, {CrossEntropyOptions.schema()}) "
+    "-> (Tensor, Tensor)",
+    CrossEntropyOptions,
+)(_CrossEntropy)
 
 
-def _save(ctx, inputs, output):
-    logits, targets, *ctx.how = inputs
-    _, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(logits, targets, lse)
+class _CrossEntropyBackward:
+    """The gradient of the logits [T, V] from that of every row's loss, d_loss [T]."""
+
+    @staticmethod
+    def forward(d_loss, logits, targets, lse, options):
+        if not _takes_kernels(logits):
+            return cross_entropy_backward_operator.plain(d_loss, logits, targets, lse, options)
+        from ..triton_kernels.elementwise import cross_entropy as kernels
+
+        gradient = logits.new_empty(logits.shape)
+        kernels.cross_entropy_gradient(
+            d_loss, _rows(logits), targets, lse, gradient, **options.of_kernel(logits)
+        )
+        return gradient
+
+    @staticmethod
+    def plain(d_loss, logits, targets, lse, options):
+        gradient = _gradient(logits, targets, lse, d_loss, options)
+        return gradient.to(logits.dtype).contiguous()
 
 
-def _gradients(ctx, d_loss, _d_lse):
-    d_logits = torch.ops.dualpipe_ext.cross_entropy_backward(d_loss, *ctx.saved_tensors, *ctx.how)
-    return d_logits, None, None, None, None
-
-
-_HOW = "int ignore_index, float z_loss, int num_sms"
-define(
-    f"cross_entropy(Tensor logits, Tensor targets, {_HOW}) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    _gradients,
-    _save,
-)
-define(
+cross_entropy_backward_operator = operator(
     "cross_entropy_backward(Tensor d_loss, Tensor logits, Tensor targets, Tensor lse, "
-    f"{_HOW}) -> Tensor",
-    _backward,
-    _backward_fake,
-)
-define(
-    f"cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor factor, {_HOW}) -> Tensor",
-    _in_place,
-    _in_place_fake,
-)
-define(
-    "scale_rows_(Tensor(a!) rows, Tensor factor, int num_sms) -> ()",
-    _scale_rows,
-    lambda *arguments: None,
+    f"{CrossEntropyOptions.schema()}) -> Tensor",
+    CrossEntropyOptions,
+)(_CrossEntropyBackward)
+
+
+class _CrossEntropyInPlace:
+    """The loss of every row [T]; the gradient of factor [1] times their sum replaces the logits."""
+
+    @staticmethod
+    def forward(logits, targets, factor, options):
+        if not _takes_kernels(logits):
+            loss, lse = losses(logits, targets, options)
+            logits.copy_(_gradient(logits, targets, lse, factor, options))
+            return loss
+        from ..triton_kernels.elementwise import cross_entropy as kernels
+
+        rows = _rows(logits)
+        loss = logits.new_empty(logits.shape[:1], dtype=torch.float32)
+        kernels.cross_entropy(
+            rows, targets, loss, gradient=rows, factor=factor, **options.of_kernel(logits)
+        )
+        if rows is not logits:
+            logits.copy_(rows)
+        return loss
+
+    @staticmethod
+    def fake(logits, targets, factor, options):
+        return logits.new_empty(logits.shape[:1], dtype=wide(logits.dtype))
+
+
+cross_entropy_in_place_operator = operator(
+    "cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor factor, "
+    f"{CrossEntropyOptions.schema()}) -> Tensor",
+    CrossEntropyOptions,
+)(_CrossEntropyInPlace)
+
+
+class _ScaleRows:
+    """rows [T, V] times factor [1]."""
+
+    @staticmethod
+    def forward(rows, factor, num_sms):
+        if rows.numel() == 0:
+            return
+        if not use_triton(rows) or rows.stride(1) != 1:
+            rows.mul_(factor)
+            return
+        from ..triton_kernels.elementwise import cross_entropy as kernels
+
+        kernels.scale_rows(rows, factor, num_sms=sm_count(rows, num_sms))
+
+
+scale_rows_operator = operator("scale_rows_(Tensor(a!) rows, Tensor factor, int num_sms) -> ()")(
+    _ScaleRows
 )

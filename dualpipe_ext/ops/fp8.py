@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import KernelCompileError
+from ..triton_kernels.elementwise.fp8 import BLOCK, E4M3_MAX, SMALLEST_AMAX
 from ..triton_kernels.launch import available
 from .operator import device_facts, has_gluon
 
@@ -23,10 +24,7 @@ __all__ = [
     "runs_fp8_kernels",
 ]
 
-BLOCK = 128  # columns that share a scale; the last block of a row may have fewer
 E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-SMALLEST_AMAX = 1e-4  # a block of zeros still has a scale to divide by
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

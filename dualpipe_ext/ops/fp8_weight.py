@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..compat import StorageWeakRef, storage_key
 from .fp8 import BLOCK, E4M3, E4M3_MAX, SMALLEST_AMAX, runs_fp8_kernels
-from .operator import is_observed, without_missing_kernels
+from .operator import is_capturing, is_observed, without_missing_kernels
 
 __all__ = ["Fp8Weight", "forget_fp8", "fp8_weight"]
 
@@ -69,7 +69,7 @@ def fp8_weight(weight: torch.Tensor, implementation: str = "auto") -> Fp8Weight:
     kept of a tensor made on the fly, such as a weight cast by autocast, beyond its own life: that
     is rounded in each forward. In a CUDA graph under capture weights are rounded at every replay.
     """
-    if weight.is_inference() or _capturing(weight) or is_observed(()):
+    if weight.is_inference() or is_capturing(weight.device) or is_observed(()):
         return _round_weight(weight, implementation)
     kept = getattr(weight, "_dualpipe_fp8", None)
     storage = weight.untyped_storage()
@@ -98,10 +98,6 @@ def forget_fp8(*weights: torch.Tensor) -> None:
     for weight in weights:
         if getattr(weight, "_dualpipe_fp8", None) is not None:
             weight._dualpipe_fp8 = None
-
-
-def _capturing(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @without_missing_kernels

@@ -1,4 +1,4 @@
-"""fp8 as an option of the grouped MLP: `precision="fp8"` of `grouped_mlp` and `mlp_forward`.
+"""Products of the grouped MLP in fp8: `precision="fp8"` of `grouped_mlp` and `mlp_forward`.
 
 The four products of the forward and of the backward for inputs take e4m3 numbers with an fp32
 scale for 128 columns of a row and for 128 × 128 of a weight, and sum in fp32 (DeepSeek-V3, report,
@@ -18,38 +18,16 @@ rounds, and multiplies what the rounded numbers stand for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 
 from .expert_order import expert_spans
 from .fp8 import BLOCK, E4M3, dequantize_rows, quantize_rows, runs_fp8_kernels
-from .grouped_wgrad import weight_gradient
-from .operator import (
-    check_tma_address,
-    define,
-    sm_count,
-    wide,
-    without_autocast,
-)
+from .grouped_gradient import gradients, keep_forward
+from .grouped_options import GroupedOptions
+from .grouped_saved import Fp8Saved, MLPSaved
+from .operator import check_tma_address, operator, sm_count, wide, without_autocast
 
-if TYPE_CHECKING:
-    from .fp8_weight import Fp8Weight
-
-__all__ = ["Fp8Saved", "check_fp8", "check_scaled", "dgrad", "forward", "is_fp8"]
-
-
-# ---- The MLP ----
-
-
-@dataclass(frozen=True)
-class Fp8Saved:
-    """What mlp_dgrad and mlp_wgrad need of a forward in fp8, beside what they always need."""
-
-    w13: Fp8Weight
-    w2: Fp8Weight
-    row_scale: torch.Tensor | None  # [R, H / 128] where the rows are e4m3
+__all__ = ["check_fp8", "check_scaled", "dgrad", "forward", "is_fp8"]
 
 
 def is_fp8(precision: str) -> bool:
@@ -90,36 +68,27 @@ def check_scaled(name: str, rows: torch.Tensor, scale: torch.Tensor, w13: torch.
 
 
 def forward(
-    rows, row_scale, row_weight, w13, w2, expert_offsets, save, num_sms, implementation, take_over
-) -> tuple[torch.Tensor, torch.Tensor, Fp8Saved]:
-    """out, gate_up (empty unless `save`), and what else the backward needs.
+    rows, row_scale, row_weight, w13, w2, expert_offsets, save: bool, options: GroupedOptions
+) -> tuple[torch.Tensor, None, torch.Tensor, Fp8Saved]:
+    """out; no act; gate_up, empty unless `save`; and what else the backward needs.
 
     Only the weights' gradients take SMs over; the fp8 kernels have equal shares.
     """
     from .fp8_weight import fp8_weight  # imports torch._dynamo, which takes a second
 
+    implementation = options.implementation
     fp8 = Fp8Saved(fp8_weight(w13, implementation), fp8_weight(w2, implementation), row_scale)
-    out, gate_up = torch.ops.dualpipe_ext.grouped_fp8_forward(
-        rows,
-        row_scale,
-        row_weight,
-        w13,
-        w2,
-        *fp8.w13,
-        *fp8.w2,
-        expert_offsets,
-        save,
-        num_sms,
-        implementation,
-        take_over,
+    weights = w13, w2, *fp8.w13, *fp8.w2
+    out, gate_up = forward_operator(
+        rows, row_scale, row_weight, *weights, expert_offsets, save, options
     )
-    return out, gate_up, fp8
+    return out, None, gate_up, fp8
 
 
-def dgrad(dout, dout_scale, saved, num_sms: int) -> tuple[torch.Tensor, ...]:
-    """drows, drow_weight, d_gate_up and act, of an MLPSaved."""
+def dgrad(dout, dout_scale, saved: MLPSaved, options: GroupedOptions) -> tuple[torch.Tensor, ...]:
+    """drows, drow_weight, d_gate_up and act."""
     w13, w2 = saved.fp8.w13, saved.fp8.w2
-    return torch.ops.dualpipe_ext.grouped_fp8_dgrad(
+    return dgrad_operator(
         dout,
         dout_scale,
         saved.gate_up,
@@ -129,8 +98,8 @@ def dgrad(dout, dout_scale, saved, num_sms: int) -> tuple[torch.Tensor, ...]:
         w2.transposed,
         w2.scales,
         saved.expert_offsets,
-        num_sms,
-        saved.implementation,
+        options.num_sms,
+        options.implementation,
     )
 
 
@@ -203,130 +172,122 @@ def _reference_dgrad(
 # ---- Operators ----
 
 
-def _forward(
-    rows, row_scale, row_weight, w13, w2, q13, t13, s13, q2, t2, s2, expert_offsets, save, *how
-):
-    num_sms, implementation, _ = how
-    (R, H), I = rows.shape, w2.shape[2]  # noqa: E741
-    out, gate_up = w2.new_empty(R, H), w2.new_empty(R, 2 * I)
-    if not runs_fp8_kernels(w2, implementation):
-        _reference_forward(
-            rows, row_scale, row_weight, q13, s13, q2, s2, expert_offsets, out, gate_up
-        )
-    elif R:
-        from ..triton_kernels.experts.fp8_gemm import FORWARD, grouped_fp8_gemm
-        from ..triton_kernels.experts.fp8_swiglu import swiglu
-
-        rows = rows.contiguous()
-        check_tma_address(rows=rows)
-        sms = {"num_sms": sm_count(rows, num_sms)}
-        x = _fp8_rows(rows, row_scale, expert_offsets, sms)
-        how = sms | {"config": FORWARD}
-        grouped_fp8_gemm(*x, q13, s13, expert_offsets, gate_up, **how)
-        act = swiglu(gate_up, row_weight, expert_offsets, **sms)
-        grouped_fp8_gemm(*act, q2, s2, expert_offsets, out, **how)
-    return out, gate_up if save else gate_up.new_empty(0, 2 * I)
-
-
-def _forward_fake(
-    rows, row_scale, row_weight, w13, w2, q13, t13, s13, q2, t2, s2, expert_offsets, save, *how
-):
-    (R, H), I = rows.shape, w2.shape[2]  # noqa: E741
-    return w2.new_empty(R, H), w2.new_empty(R if save else 0, 2 * I)
-
-
-def _fp8_rows(rows, scale, expert_offsets, sms: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def _fp8_rows(rows, scale, expert_offsets, sms: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As grouped_fp8_gemm takes them."""
     if scale is not None:
         return rows, scale.T.contiguous()
     from ..triton_kernels.experts.quantize import quantize_rows
 
-    return quantize_rows(rows, expert_offsets, **sms)
+    return quantize_rows(rows, expert_offsets, num_sms=sms)
 
 
-def _dgrad(
-    dout,
-    dout_scale,
-    gate_up,
-    row_weight,
-    t13,
-    s13,
-    t2,
-    s2,
-    expert_offsets,
-    num_sms,
-    implementation,
-):
-    dout = dout.contiguous()
-    drows, d_gate_up = gate_up.new_empty(dout.shape), torch.empty_like(gate_up)
-    act = gate_up.new_empty(len(dout), gate_up.shape[1] // 2)
-    drow_weight = torch.zeros_like(row_weight)
-    if not runs_fp8_kernels(gate_up, implementation):
-        tensors = (dout, dout_scale, gate_up, row_weight, t13, s13, t2, s2, expert_offsets)
-        _reference_dgrad(*tensors, drows, drow_weight, d_gate_up, act)
-    elif len(dout):
-        from ..triton_kernels.experts.fp8_gemm import BACKWARD, grouped_fp8_gemm
-        from ..triton_kernels.experts.fp8_swiglu import swiglu_backward
+class _Forward:
+    """out [R, H] and gate_up [R, 2I], or [0, 2I] unless `save`."""
 
-        check_tma_address(dout=dout)
-        sms = {"num_sms": sm_count(dout, num_sms)}
-        how = sms | {"config": BACKWARD}
-        x = _fp8_rows(dout, dout_scale, expert_offsets, sms)
-        d_act = torch.empty_like(act)
-        grouped_fp8_gemm(*x, t2, s2.transpose(1, 2), expert_offsets, d_act, **how)
-        tensors = (d_act, gate_up, row_weight, expert_offsets, d_gate_up, act)
-        *x, drow_weight = swiglu_backward(*tensors, **sms)
-        grouped_fp8_gemm(*x, t13, s13.transpose(1, 2), expert_offsets, drows, **how)
-    return drows, drow_weight, d_gate_up, act
+    @staticmethod
+    def forward(
+        rows, row_scale, row_weight, w13, w2, q13, t13, s13, q2, t2, s2, expert_offsets, save,
+        options,
+    ):  # fmt: skip
+        (R, H), I = rows.shape, w2.shape[2]  # noqa: E741
+        out, gate_up = w2.new_empty(R, H), w2.new_empty(R, 2 * I)
+        if not runs_fp8_kernels(w2, options.implementation):
+            _reference_forward(
+                rows, row_scale, row_weight, q13, s13, q2, s2, expert_offsets, out, gate_up
+            )
+        elif R:
+            from ..triton_kernels.experts.fp8_gemm import FORWARD, grouped_fp8_gemm
+            from ..triton_kernels.experts.fp8_swiglu import swiglu
 
+            rows = rows.contiguous()
+            check_tma_address(rows=rows)
+            sms = sm_count(rows, options.num_sms)
+            x = _fp8_rows(rows, row_scale, expert_offsets, sms)
+            launch = {"num_sms": sms, "config": FORWARD}
+            grouped_fp8_gemm(*x, q13, s13, expert_offsets, gate_up, **launch)
+            act = swiglu(gate_up, row_weight, expert_offsets, num_sms=sms)
+            grouped_fp8_gemm(*act, q2, s2, expert_offsets, out, **launch)
+        return out, gate_up if save else gate_up.new_empty(0, 2 * I)
 
-def _dgrad_fake(dout, dout_scale, gate_up, row_weight, *rest):
-    act = gate_up.new_empty(len(dout), gate_up.shape[1] // 2)
-    return (
-        gate_up.new_empty(dout.shape),
-        torch.empty_like(row_weight),
-        torch.empty_like(gate_up),
-        act,
-    )
+    @staticmethod
+    def fake(
+        rows, row_scale, row_weight, w13, w2, q13, t13, s13, q2, t2, s2, expert_offsets, save,
+        options,
+    ):  # fmt: skip
+        (R, H), I = rows.shape, w2.shape[2]  # noqa: E741
+        return w2.new_empty(R, H), w2.new_empty(R if save else 0, 2 * I)
 
+    @staticmethod
+    def save(ctx, inputs, output):
+        rows, _, row_weight, w13, w2, _, t13, s13, _, t2, s2, expert_offsets, _, options = inputs
+        gate_up = output[1]
+        ctx.mark_non_differentiable(gate_up)
+        products = t13, s13, t2, s2, gate_up
+        keep_forward(ctx, rows, row_weight, w13, w2, expert_offsets, *products, options=options)
 
-def _setup_context(ctx, inputs, output):
-    rows, _, row_weight, w13, w2, _, t13, s13, _, t2, s2, offsets, _, *ctx.how = inputs
-    gate_up = output[1]
-    # A checkpoint hands bare aliases of the weights to the backward.
-    ctx.main_grads = [getattr(weight, "main_grad", None) for weight in (w13, w2)]
-    ctx.mark_non_differentiable(gate_up)
-    ctx.save_for_backward(rows, row_weight, w13, w2, t13, s13, t2, s2, offsets, gate_up)
+    @staticmethod
+    def backward(ctx, dout, _d_gate_up):
+        drows, *rest = gradients(ctx, dout, _input_gradients, ctx.needs_input_grad[3:5])
+        return drows, None, *rest
 
 
-def _backward(ctx, dout, _d_gate_up):
-    rows, row_weight, w13, w2, *weights, offsets, gate_up = ctx.saved_tensors
-    drows, drow_weight, d_gate_up, act = torch.ops.dualpipe_ext.grouped_fp8_dgrad(
-        dout, None, gate_up, row_weight, *weights, offsets, *ctx.how[:2]
-    )
-    for weight, main_grad in zip((w13, w2), ctx.main_grads, strict=True):
-        if main_grad is not None and not hasattr(weight, "main_grad"):
-            weight.main_grad = main_grad
-    need = ctx.needs_input_grad
-    dw13 = weight_gradient(w13, d_gate_up, rows, offsets, *ctx.how) if need[3] else None
-    dw2 = weight_gradient(w2, dout, act, offsets, *ctx.how) if need[4] else None
-    return drows, None, drow_weight, dw13, dw2, *(None,) * 11
-
-
-_WEIGHTS = "Tensor q13, Tensor t13, Tensor s13, Tensor q2, Tensor t2, Tensor s2"
-_HOW = "int num_sms, str implementation"
-define(
+forward_operator = operator(
     "grouped_fp8_forward(Tensor rows, Tensor? row_scale, Tensor row_weight, Tensor w13, Tensor w2, "
-    f"{_WEIGHTS}, Tensor expert_offsets, bool save, {_HOW}, bool take_over) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    _backward,
-    _setup_context,
-)
-define(
+    "Tensor q13, Tensor t13, Tensor s13, Tensor q2, Tensor t2, Tensor s2, Tensor expert_offsets, "
+    f"bool save, {GroupedOptions.schema()}) -> (Tensor, Tensor)",
+    GroupedOptions,
+)(_Forward)
+
+
+def _input_gradients(
+    dout, row_weight, w13, w2, expert_offsets, t13, s13, t2, s2, gate_up, options
+) -> tuple[torch.Tensor, ...]:
+    tensors = dout, None, gate_up, row_weight, t13, s13, t2, s2, expert_offsets
+    return dgrad_operator(*tensors, options.num_sms, options.implementation)
+
+
+class _Dgrad:
+    """drows [R, H], drow_weight [R], d_gate_up [R, 2I] and act [R, I]."""
+
+    @staticmethod
+    def forward(
+        dout, dout_scale, gate_up, row_weight, t13, s13, t2, s2, expert_offsets, num_sms,
+        implementation,
+    ):  # fmt: skip
+        dout = dout.contiguous()
+        drows, d_gate_up = gate_up.new_empty(dout.shape), torch.empty_like(gate_up)
+        act = gate_up.new_empty(len(dout), gate_up.shape[1] // 2)
+        drow_weight = torch.zeros_like(row_weight)
+        if not runs_fp8_kernels(gate_up, implementation):
+            tensors = (dout, dout_scale, gate_up, row_weight, t13, s13, t2, s2, expert_offsets)
+            _reference_dgrad(*tensors, drows, drow_weight, d_gate_up, act)
+        elif len(dout):
+            from ..triton_kernels.experts.fp8_gemm import BACKWARD, grouped_fp8_gemm
+            from ..triton_kernels.experts.fp8_swiglu import swiglu_backward
+
+            check_tma_address(dout=dout)
+            sms = sm_count(dout, num_sms)
+            launch = {"num_sms": sms, "config": BACKWARD}
+            x = _fp8_rows(dout, dout_scale, expert_offsets, sms)
+            d_act = torch.empty_like(act)
+            grouped_fp8_gemm(*x, t2, s2.transpose(1, 2), expert_offsets, d_act, **launch)
+            tensors = (d_act, gate_up, row_weight, expert_offsets, d_gate_up, act)
+            *x, drow_weight = swiglu_backward(*tensors, num_sms=sms)
+            grouped_fp8_gemm(*x, t13, s13.transpose(1, 2), expert_offsets, drows, **launch)
+        return drows, drow_weight, d_gate_up, act
+
+    @staticmethod
+    def fake(
+        dout, dout_scale, gate_up, row_weight, t13, s13, t2, s2, expert_offsets, num_sms,
+        implementation,
+    ):  # fmt: skip
+        act = gate_up.new_empty(len(dout), gate_up.shape[1] // 2)
+        drows = gate_up.new_empty(dout.shape)
+        return drows, torch.empty_like(row_weight), torch.empty_like(gate_up), act
+
+
+dgrad_operator = operator(
     "grouped_fp8_dgrad(Tensor dout, Tensor? dout_scale, Tensor gate_up, Tensor row_weight, "
     "Tensor t13, Tensor s13, Tensor t2, Tensor s2, Tensor expert_offsets, "
-    f"{_HOW}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _dgrad,
-    _dgrad_fake,
-)
+    "int num_sms, str implementation) -> (Tensor, Tensor, Tensor, Tensor)"
+)(_Dgrad)

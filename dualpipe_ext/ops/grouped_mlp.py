@@ -7,20 +7,23 @@ Letters: R rows in expert order, H hidden, I expert width, L local experts.
     out      = act @ w2[l].T            w2 [L, H, I]
 
 Sums are fp32 (fp64 for fp64 inputs). The routing weight is part of the activation, so that combine
-is a plain sum. Two implementations compute the same: Triton on the GPU, and a loop over experts in
-plain torch anywhere.
+is a plain sum. Products are of bf16 (grouped_bf16.py) or fp8 (grouped_fp8.py); both have two
+implementations that compute the same: Triton on the GPU, and a loop over experts in plain torch
+anywhere.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from . import grouped_fp8
+from . import grouped_bf16, grouped_fp8
 from .fp8 import dequantize_rows
-from .grouped_reference import reference_dgrad, reference_forward
-from .grouped_wgrad import IMPLEMENTATIONS, runs_triton, weight_gradient
-from .operator import check_num_sms, check_tma_address, define, sm_count
+from .grouped_options import IMPLEMENTATIONS, GroupedOptions
+from .grouped_saved import MLPSaved
+from .grouped_wgrad import weight_gradient
+from .operator import check_num_sms, wide
 
 __all__ = ["MLPSaved", "grouped_mlp", "mlp_dgrad", "mlp_forward", "mlp_wgrad"]
 
@@ -64,32 +67,15 @@ def grouped_mlp(
     Raises TypeError or ValueError naming the value, the limit and the remedy.
     """
     _check(rows, row_weight, w13, w2, expert_offsets, num_sms, implementation)
-    tensors = (rows, row_weight, w13, w2)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    products = grouped_bf16
     if grouped_fp8.is_fp8(precision):
         grouped_fp8.check_fp8(rows, None, w13, w2)
-        how = (save, num_sms or 0, implementation, take_over)
-        return grouped_fp8.forward(rows, None, row_weight, w13, w2, expert_offsets, *how)[0]
-    how = (save, num_sms or 0, implementation, take_over)
-    return _forward_operator(*tensors, expert_offsets, *how)[0]
-
-
-@dataclass
-class MLPSaved:
-    """What the backward of one forward needs. mlp_dgrad replaces `gate_up` by `d_gate_up`."""
-
-    rows: torch.Tensor  # [R, H], e4m3 if they came so
-    row_weight: torch.Tensor  # [R]
-    w13: torch.Tensor  # [L, 2I, H]
-    w2: torch.Tensor  # [L, H, I]
-    expert_offsets: torch.Tensor  # [L + 1] int32
-    act: torch.Tensor | None  # [R, I]; of fp8, once mlp_dgrad has run
-    gate_up: torch.Tensor | None  # [R, 2I] before SwiGLU
-    d_gate_up: torch.Tensor | None  # [R, 2I] its gradient, once mlp_dgrad has run
-    num_sms: int  # 0 = all
-    implementation: str
-    fp8: grouped_fp8.Fp8Saved | None = None  # of precision="fp8"
-    take_over: bool = False
+        products = grouped_fp8
+    save = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (rows, row_weight, w13, w2)
+    )
+    options = GroupedOptions(num_sms or 0, implementation, take_over)
+    return products.forward(rows, None, row_weight, w13, w2, expert_offsets, save, options)[0]
 
 
 @torch.no_grad()
@@ -112,21 +98,18 @@ def mlp_forward(
     `fp8.quantize_rows` makes them; fastest where the transpose of row_scale is contiguous. Rows
     that pad an expert are zero; out and drows have the weights' dtype.
     """
-    fp8, tensors = grouped_fp8.is_fp8(precision), (rows, row_weight, w13, w2, expert_offsets)
-    wide = rows if row_scale is None else w13.new_empty(1).expand(rows.shape)
-    _check(wide, *tensors[1:], num_sms, implementation)
-    if fp8 or row_scale is not None:
-        if not fp8:
-            raise ValueError(f'row_scale with precision={precision!r}: pass precision="fp8"')
+    wide_rows = rows if row_scale is None else w13.new_empty(1).expand(rows.shape)
+    _check(wide_rows, row_weight, w13, w2, expert_offsets, num_sms, implementation)
+    products = grouped_bf16
+    if grouped_fp8.is_fp8(precision):
         grouped_fp8.check_fp8(rows, row_scale, w13, w2)
-        how = (num_sms or 0, implementation)
-        out, gate_up, saved = grouped_fp8.forward(
-            rows, row_scale, *tensors[1:], True, *how, take_over
-        )
-        return out, MLPSaved(*tensors, None, gate_up, None, *how, saved, take_over)
-    how = (num_sms or 0, implementation)
-    out, act, gate_up = _forward_operator(*tensors, True, *how, take_over)
-    return out, MLPSaved(*tensors, act, gate_up, None, *how, take_over=take_over)
+        products = grouped_fp8
+    elif row_scale is not None:
+        raise ValueError(f'row_scale with precision={precision!r}: pass precision="fp8"')
+    options = GroupedOptions(num_sms or 0, implementation, take_over)
+    weights = row_weight, w13, w2, expert_offsets
+    out, act, gate_up, fp8 = products.forward(rows, row_scale, *weights, True, options)
+    return out, MLPSaved(rows, *weights, act, gate_up, None, options, fp8)
 
 
 @torch.no_grad()
@@ -146,25 +129,13 @@ def mlp_dgrad(
     forward's. Runs once per forward.
     """
     _check_dout(dout, dout_scale, saved)
-    num_sms, take_over = _share(num_sms, take_over, saved)
+    options = _options(num_sms, take_over, saved)
     if saved.gate_up is None:
         raise ValueError("mlp_dgrad has already run on this forward: call mlp_forward again")
-    if saved.fp8 is not None:
-        drows, drow_weight, saved.d_gate_up, saved.act = grouped_fp8.dgrad(
-            dout, dout_scale, saved, num_sms
-        )
-    else:
-        drows, drow_weight, saved.d_gate_up = _dgrad_operator(
-            dout,
-            saved.gate_up,
-            saved.row_weight,
-            saved.w13,
-            saved.w2,
-            saved.expert_offsets,
-            num_sms,
-            saved.implementation,
-            take_over,
-        )
+    products = grouped_bf16 if saved.fp8 is None else grouped_fp8
+    drows, drow_weight, saved.d_gate_up, saved.act = products.dgrad(
+        dout, dout_scale, saved, options
+    )
     saved.gate_up = None
     return drows, drow_weight
 
@@ -189,26 +160,25 @@ def mlp_wgrad(
     Without `num_sms` and `take_over` both are the forward's; on Hopper these kernels always draw.
     """
     _check_dout(dout, dout_scale, saved)
-    num_sms, take_over = _share(num_sms, take_over, saved)
+    options = _options(num_sms, take_over, saved)
     if saved.d_gate_up is None:
         raise ValueError("mlp_wgrad needs what mlp_dgrad leaves: call mlp_dgrad first")
-    how = (saved.expert_offsets, num_sms, saved.implementation, take_over)
-    rows = saved.rows
+    rows, offsets = saved.rows, saved.expert_offsets
     if saved.fp8 is not None:
         rows = _wide(rows, saved.fp8.row_scale, saved.w13.dtype)
         dout = _wide(dout, dout_scale, saved.w13.dtype)
     return (
-        weight_gradient(saved.w13, saved.d_gate_up, rows, *how, total=totals[0]),
-        weight_gradient(saved.w2, dout, saved.act, *how, total=totals[1]),
+        weight_gradient(saved.w13, saved.d_gate_up, rows, offsets, options, total=totals[0]),
+        weight_gradient(saved.w2, dout, saved.act, offsets, options, total=totals[1]),
     )
 
 
-def _share(num_sms: int | None, take_over: bool | None, saved: MLPSaved) -> tuple[int, bool]:
-    """The two as operators take them; given neither, those of the forward."""
+def _options(num_sms: int | None, take_over: bool | None, saved: MLPSaved) -> GroupedOptions:
+    """Given neither of the two, those of the forward."""
     check_num_sms(num_sms)
     if num_sms is None and take_over is None:
-        return saved.num_sms, saved.take_over
-    return num_sms or 0, bool(take_over)
+        return saved.options
+    return GroupedOptions(num_sms or 0, saved.options.implementation, bool(take_over))
 
 
 def _wide(rows: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -247,9 +217,8 @@ def _check_tensors(rows, row_weight, w13, w2, expert_offsets, R, L) -> None:
         raise TypeError(
             f"rows, w13, w2 are {dtype}, {w13.dtype}, {w2.dtype}: pass one floating-point dtype"
         )
-    weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    if row_weight.dtype != weight_dtype:
-        raise TypeError(f"row_weight is {row_weight.dtype}: pass {weight_dtype} with {dtype} rows")
+    if row_weight.dtype != wide(dtype):
+        raise TypeError(f"row_weight is {row_weight.dtype}: pass {wide(dtype)} with {dtype} rows")
     if row_weight.shape != (R,):
         raise ValueError(f"row_weight is {tuple(row_weight.shape)}: pass one weight a row, ({R},)")
     if expert_offsets.dtype != torch.int32:
@@ -272,113 +241,16 @@ def _check_tensors(rows, row_weight, w13, w2, expert_offsets, R, L) -> None:
 
 
 def _check_dout(dout: torch.Tensor, dout_scale: torch.Tensor | None, saved: MLPSaved) -> None:
-    rows, like = saved.rows, saved.w13  # rows may be e4m3
+    rows, expected = saved.rows, saved.w13  # rows may be e4m3
     if dout_scale is not None:
         if saved.fp8 is None:
             raise ValueError(
                 'dout_scale after precision="bf16": pass dout as out, or forward "fp8"'
             )
-        grouped_fp8.check_scaled("dout", dout, dout_scale, like)
-        like = dout
-    if dout.shape != rows.shape or dout.dtype != like.dtype or dout.device != like.device:
+        grouped_fp8.check_scaled("dout", dout, dout_scale, expected)
+        expected = dout
+    if dout.shape != rows.shape or dout.dtype != expected.dtype or dout.device != expected.device:
         raise ValueError(
             f"dout is {tuple(dout.shape)} {dout.dtype} on {dout.device}: pass the gradient of out, "
-            f"{tuple(rows.shape)} {like.dtype} on {like.device}"
+            f"{tuple(rows.shape)} {expected.dtype} on {expected.device}"
         )
-
-
-# ---- Operators ----
-
-
-def _forward(
-    rows, row_weight, w13, w2, expert_offsets, save, num_sms, implementation, take_over=False
-):
-    (R, H), I = rows.shape, w2.shape[2]  # noqa: E741
-    rows = rows.contiguous()
-    out, act = rows.new_empty(R, H), rows.new_empty(R, I)
-    gate_up = rows.new_empty(R, 2 * I) if save else None
-    if not runs_triton(rows, implementation):
-        reference_forward(rows, row_weight, w13, w2, expert_offsets, out, act, gate_up)
-    elif R:
-        from ..triton_kernels.experts.gemm import grouped_gemm
-        from ..triton_kernels.experts.swiglu import grouped_gate_up
-
-        check_tma_address(rows=rows, w13=w13, w2=w2)
-        how = {"num_sms": sm_count(rows, num_sms), "take_over": take_over}
-        grouped_gate_up(rows, row_weight, w13, expert_offsets, act, gate_up, **how)
-        grouped_gemm(act, w2, expert_offsets, out, weight_is_nk=True, **how)
-    return out, act, rows.new_empty(0, 2 * I) if gate_up is None else gate_up
-
-
-def _forward_fake(rows, row_weight, w13, w2, expert_offsets, save, *how):
-    (R, H), I = rows.shape, w2.shape[2]  # noqa: E741
-    return rows.new_empty(R, H), rows.new_empty(R, I), rows.new_empty(R if save else 0, 2 * I)
-
-
-def _dgrad(
-    dout, gate_up, row_weight, w13, w2, expert_offsets, num_sms, implementation, take_over=False
-):
-    (R, H) = dout.shape
-    dout = dout.contiguous()
-    drows, d_gate_up = dout.new_empty(R, H), torch.empty_like(gate_up)
-    if not runs_triton(dout, implementation):
-        drow_weight = torch.zeros_like(row_weight)
-        reference_dgrad(
-            dout, gate_up, row_weight, w13, w2, expert_offsets, drows, drow_weight, d_gate_up
-        )
-    elif not R:
-        drow_weight = torch.zeros_like(row_weight)
-    else:
-        from ..triton_kernels.experts.gemm import grouped_gemm
-        from ..triton_kernels.experts.swiglu import grouped_swiglu_backward
-
-        check_tma_address(dout=dout, gate_up=gate_up, w13=w13, w2=w2)
-        how = {"num_sms": sm_count(dout, num_sms), "take_over": take_over}
-        drow_weight = grouped_swiglu_backward(
-            dout, w2, gate_up, row_weight, expert_offsets, d_gate_up, **how
-        )
-        grouped_gemm(d_gate_up, w13, expert_offsets, drows, weight_is_nk=False, **how)
-    return drows, drow_weight, d_gate_up
-
-
-def _dgrad_fake(dout, gate_up, row_weight, w13, w2, expert_offsets, *how):
-    return dout.new_empty(dout.shape), torch.empty_like(row_weight), torch.empty_like(gate_up)
-
-
-def _setup_context(ctx, inputs, output):
-    rows, row_weight, w13, w2, expert_offsets, _, *ctx.how = inputs
-    _, act, gate_up = output
-    # A checkpoint hands bare aliases of the weights to the backward.
-    ctx.main_grads = [getattr(weight, "main_grad", None) for weight in (w13, w2)]
-    ctx.mark_non_differentiable(act, gate_up)
-    ctx.save_for_backward(rows, row_weight, w13, w2, expert_offsets, act, gate_up)
-
-
-def _backward(ctx, dout, _d_act, _d_gate_up):
-    rows, row_weight, w13, w2, expert_offsets, act, gate_up = ctx.saved_tensors
-    how = (expert_offsets, *ctx.how)
-    drows, drow_weight, d_gate_up = _dgrad_operator(dout, gate_up, row_weight, w13, w2, *how)
-    for weight, main_grad in zip((w13, w2), ctx.main_grads, strict=True):
-        if main_grad is not None and not hasattr(weight, "main_grad"):
-            weight.main_grad = main_grad
-    need = ctx.needs_input_grad
-    dw13 = weight_gradient(w13, d_gate_up, rows, *how) if need[2] else None
-    dw2 = weight_gradient(w2, dout, act, *how) if need[3] else None
-    return drows, drow_weight, dw13, dw2, None, None, None, None, None
-
-
-_HOW = "int num_sms, str implementation, bool take_over=False"
-_forward_operator = define(
-    "grouped_mlp_forward(Tensor rows, Tensor row_weight, Tensor w13, Tensor w2, "
-    f"Tensor expert_offsets, bool save, {_HOW}) -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    _backward,
-    _setup_context,
-)
-_dgrad_operator = define(
-    "grouped_mlp_dgrad(Tensor dout, Tensor gate_up, Tensor row_weight, Tensor w13, Tensor w2, "
-    f"Tensor expert_offsets, {_HOW}) -> (Tensor, Tensor, Tensor)",
-    _dgrad,
-    _dgrad_fake,
-)

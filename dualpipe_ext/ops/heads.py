@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .block_ops import rotary_tables, rotate_into
-from .operator import define, is_observed
+from .operator import is_capturing, is_observed, operator
+from .rotary import RotaryOptions, rotary_tables, rotate_into
 
 __all__ = ["split_heads", "tables", "turn_tail"]
 
@@ -27,31 +27,27 @@ _kept: dict[tuple, tuple[Tensor, Tensor]] = {}
 def tables(positions: int, width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """`rotary_tables`, made once: cos and sin [S, D / 2] fp32.
 
-    Whoever looks on (torch.compile, a fake mode) gets tables of its own, and so does a CUDA graph
-    under capture where none are kept: only its replays would fill them.
+    Under torch.compile or a fake mode each call makes its own, and so it does in a CUDA graph under
+    capture where none are kept: only its replays would fill them.
     """
     if torch.compiler.is_compiling() or is_observed(()):
         return rotary_tables(positions, width, base=base, device=device)
     rows = 1 << max(positions - 1, 0).bit_length()
     key = (rows, width, base, device)
-    found = _kept.get(key)
-    if found is None:
-        if _capturing(device):
+    kept = _kept.get(key)
+    if kept is None:
+        if is_capturing(device):
             return rotary_tables(positions, width, base=base, device=device)
         # Inference tensors could not be saved for a backward later.
         with torch.inference_mode(False), torch.no_grad():
-            found = rotary_tables(rows, width, base=base, device=device)
+            kept = rotary_tables(rows, width, base=base, device=device)
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # any stream may read them now
-        _kept[key] = found
+        _kept[key] = kept
     if rows == positions:
-        return found
+        return kept
     with torch.inference_mode(False):
-        return found[0][:positions], found[1][:positions]
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return kept[0][:positions], kept[1][:positions]
 
 
 def split_heads(
@@ -72,7 +68,7 @@ def split_heads(
             "than the heads in all, for keys and values, so that a query head is left"
         )
     cos, sin = tables(qkv.shape[1], qkv.shape[3], base, qkv.device)
-    return _split_heads_operator(qkv, cos, sin, kv_heads)
+    return split_heads_operator(qkv, cos, sin, kv_heads)
 
 
 def turn_tail(x: Tensor, width: int, *, base: float = 10_000.0) -> Tensor:
@@ -87,7 +83,7 @@ def turn_tail(x: Tensor, width: int, *, base: float = 10_000.0) -> Tensor:
             f"{x.shape[3]}"
         )
     cos, sin = tables(x.shape[1], width, base, x.device)
-    return _turn_tail_operator(x, cos, sin, False)
+    return turn_tail_operator(x, cos, sin, False)
 
 
 def _check_heads(name: str, x: Tensor) -> None:
@@ -98,81 +94,93 @@ def _check_heads(name: str, x: Tensor) -> None:
         )
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool, y: Tensor) -> None:
-    rotate_into(x, cos, sin, None, False, inverse, 0, y)
+_FORWARD, _BACKWARD = RotaryOptions(), RotaryOptions(inverse=True)
 
 
-def _split_heads(qkv, cos, sin, kv_heads):
-    q, k, v = outputs = _split_heads_fake(qkv, cos, sin, kv_heads)
-    parts = qkv.split([x.shape[2] for x in outputs], dim=2)
-    _turn(parts[0], cos, sin, False, q)
-    _turn(parts[1], cos, sin, False, k)
-    v.copy_(parts[2])
-    return outputs
+class _SplitHeads:
+    """q [B, S, N, D], turned, k [B, S, G, D], turned, and v of qkv [B, S, N + 2G, D]."""
+
+    @staticmethod
+    def forward(qkv, cos, sin, kv_heads):
+        q, k, v = outputs = split_heads_operator.fake(qkv, cos, sin, kv_heads)
+        parts = qkv.split([x.shape[2] for x in outputs], dim=2)
+        rotate_into(parts[0], cos, sin, None, _FORWARD, q)
+        rotate_into(parts[1], cos, sin, None, _FORWARD, k)
+        v.copy_(parts[2])
+        return outputs
+
+    @staticmethod
+    def fake(qkv, cos, sin, kv_heads):
+        B, S, heads, D = qkv.shape
+        return tuple(qkv.new_empty(B, S, n, D) for n in (heads - 2 * kv_heads, kv_heads, kv_heads))
+
+    @staticmethod
+    def save(ctx, inputs, output):
+        ctx.shapes = [x.shape for x in output]
+        ctx.save_for_backward(*inputs[1:3])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        some = next(x for x in gradients if x is not None)
+        dq, dk, dv = (
+            some.new_zeros(shape) if x is None else x
+            for x, shape in zip(gradients, ctx.shapes, strict=True)
+        )
+        return (join_heads_operator(dq, dk, dv, *ctx.saved_tensors),)
 
 
-def _split_heads_fake(qkv, cos, sin, kv_heads):
-    B, S, heads, D = qkv.shape
-    return tuple(qkv.new_empty(B, S, n, D) for n in (heads - 2 * kv_heads, kv_heads, kv_heads))
+split_heads_operator = operator(
+    "split_heads(Tensor qkv, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor, Tensor)"
+)(_SplitHeads)
 
 
-def _join_heads(dq, dk, dv, cos, sin):
-    d_qkv = _join_heads_fake(dq, dk, dv, cos, sin)
-    parts = d_qkv.split([x.shape[2] for x in (dq, dk, dv)], dim=2)
-    _turn(dq, cos, sin, True, parts[0])
-    _turn(dk, cos, sin, True, parts[1])
-    parts[2].copy_(dv)
-    return d_qkv
+class _JoinHeads:
+    """The gradient of split_heads' qkv."""
+
+    @staticmethod
+    def forward(dq, dk, dv, cos, sin):
+        d_qkv = join_heads_operator.fake(dq, dk, dv, cos, sin)
+        parts = d_qkv.split([x.shape[2] for x in (dq, dk, dv)], dim=2)
+        rotate_into(dq, cos, sin, None, _BACKWARD, parts[0])
+        rotate_into(dk, cos, sin, None, _BACKWARD, parts[1])
+        parts[2].copy_(dv)
+        return d_qkv
+
+    @staticmethod
+    def fake(dq, dk, dv, cos, sin):
+        B, S, N, D = dq.shape
+        return dq.new_empty(B, S, N + 2 * dk.shape[2], D)
 
 
-def _join_heads_fake(dq, dk, dv, cos, sin):
-    B, S, N, D = dq.shape
-    return dq.new_empty(B, S, N + 2 * dk.shape[2], D)
+join_heads_operator = operator(
+    "join_heads(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor"
+)(_JoinHeads)
 
 
-def _save_tables(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:3])
+class _TurnTail:
+    """x [B, S, N, D] with the last numbers of its heads turned, as many as the tables are for."""
+
+    @staticmethod
+    def forward(x, cos, sin, inverse):
+        y, width = x.new_empty(x.shape), 2 * cos.shape[1]
+        y[..., :-width].copy_(x[..., :-width])
+        options = _BACKWARD if inverse else _FORWARD
+        rotate_into(x[..., -width:], cos, sin, None, options, y[..., -width:])
+        return y
+
+    @staticmethod
+    def fake(x, cos, sin, inverse):
+        return x.new_empty(x.shape)
+
+    @staticmethod
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:3])
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (turn_tail_operator(dy, *ctx.saved_tensors, True),)
 
 
-def _save_heads(ctx, inputs, output):
-    ctx.shapes = [x.shape for x in output]
-    _save_tables(ctx, inputs, output)
-
-
-def _heads_gradient(ctx, *gradients):
-    some = next(x for x in gradients if x is not None)
-    given = zip(gradients, ctx.shapes, strict=True)
-    dq, dk, dv = (some.new_zeros(shape) if x is None else x for x, shape in given)
-    return _join_heads_operator(dq, dk, dv, *ctx.saved_tensors), None, None, None
-
-
-def _turn_tail(x, cos, sin, inverse):
-    y, width = x.new_empty(x.shape), 2 * cos.shape[1]
-    y[..., :-width].copy_(x[..., :-width])
-    _turn(x[..., -width:], cos, sin, inverse, y[..., -width:])
-    return y
-
-
-def _tail_gradient(ctx, dy):
-    return _turn_tail_operator(dy, *ctx.saved_tensors, True), None, None, None
-
-
-_split_heads_operator = define(
-    "split_heads(Tensor qkv, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor, Tensor)",
-    _split_heads,
-    _split_heads_fake,
-    _heads_gradient,
-    _save_heads,
-)
-_join_heads_operator = define(
-    "join_heads(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor",
-    _join_heads,
-    _join_heads_fake,
-)
-_turn_tail_operator = define(
-    "turn_tail(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
-    _turn_tail,
-    lambda x, cos, sin, inverse: x.new_empty(x.shape),
-    _tail_gradient,
-    _save_tables,
-)
+turn_tail_operator = operator(
+    "turn_tail(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor"
+)(_TurnTail)

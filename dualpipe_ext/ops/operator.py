@@ -1,11 +1,13 @@
 """How the fused operators are registered, and where they run.
 
 An operator is a torch.library op with a fake implementation, so that torch.compile sees through it,
-and has two implementations of one meaning: Triton on a GPU, plain torch anywhere.
+and has two implementations of one meaning: Triton on a GPU, plain torch anywhere. It is written as
+one class, which `operator` registers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable
@@ -20,14 +22,19 @@ from ..errors import KernelCompileError, MissingKernelsWarning
 from ..triton_kernels.launch import available
 
 __all__ = [
+    "Operator",
+    "Options",
+    "aligned",
     "autocast_off",
     "check_num_sms",
     "check_tma_address",
-    "define",
     "device_facts",
     "has_gluon",
     "has_triton",
+    "is_aligned",
+    "is_capturing",
     "is_observed",
+    "operator",
     "sm_count",
     "triton_obstacle",
     "use_triton",
@@ -43,6 +50,49 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _library = torch.library.Library("dualpipe_ext", "FRAGMENT")
 
 
+class Options:
+    """Base of an operator's options: a frozen dataclass of scalars, which travels as one value.
+
+    A schema has its fields, in their order, behind all other arguments.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def schema(cls) -> str:
+        """The fields as a schema writes them: "int num_sms, str implementation"."""
+        return ", ".join(f"{field.type} {field.name}" for field in dataclasses.fields(cls))
+
+    def scalars(self) -> list:
+        """The values in the schema's order, from which the class makes the options again."""
+        return [getattr(self, name) for name in self.__match_args__]
+
+
+def operator(schema: str, options: type[Options] | None = None) -> Callable[[type], Operator]:
+    """Registers a class as ``dualpipe_ext::<schema>`` for CPU and CUDA, and makes it the `Operator`
+    that Python calls.
+
+    Its functions are static and take the schema's arguments, but for the fields of ``options``,
+    with which a schema ends: these come as one value.
+
+        forward(*inputs)           the outputs, by kernels where they take the tensors
+        plain(*inputs)             optional: the same meaning in plain torch. On fake tensors it
+                                   tells torch.compile what comes out
+        fake(*inputs)              instead, where plain torch reads the values of tensors or writes
+                                   to them; neither is needed by a schema that ends in "-> ()"
+        save(ctx, inputs, output)  with ``backward``: what that needs of a forward
+        backward(ctx, *gradients)  the gradients of the first inputs, a tuple; the others have none.
+                                   A gradient is None for an output that nobody used or that has
+                                   none. It cannot be differentiated in turn: that raises
+                                   RuntimeError
+    """
+
+    def register(definition: type) -> Operator:
+        return Operator(schema, definition, options)
+
+    return register
+
+
 class Operator:
     """A registered operator, for calls from Python.
 
@@ -51,34 +101,85 @@ class Operator:
     two trips through the dispatcher cost more of the host's time than most of these kernels take.
     """
 
-    def __init__(self, name: str, implementation: Callable) -> None:
+    def __init__(self, schema: str, definition: type, options: type[Options] | None) -> None:
+        _library.define(schema)
+        name = schema.partition("(")[0]
+        self.__doc__ = definition.__doc__
+        self.plain = getattr(definition, "plain", None)
+        self.fake = _fake_of(schema, definition)
         self._operator = getattr(torch.ops.dualpipe_ext, name)
-        self._implementation = implementation
+        self._options = options
+        self._num_scalars, _ = compat.written_arguments(self._operator.default)
+        self._num_inputs = self._num_scalars
+        if options is not None:  # one value in the place of its scalars
+            self._num_inputs += 1 - len(dataclasses.fields(options))
+        self._implementation = without_missing_kernels(definition.forward)
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, self._of_scalars(self._implementation), key)
+        fake = self._of_scalars(self.fake)
+        torch.library.register_fake(f"dualpipe_ext::{name}", fake, lib=_library)
+        _count_writes(name)
         self._function: type[torch.autograd.Function] | None = None
+        if hasattr(definition, "backward"):
+            self._register_gradient(name, definition)
 
-    def set_gradient(self, backward: Callable, setup_context: Callable) -> None:
-        implementation = self._implementation
+    def _of_scalars(self, function: Callable) -> Callable:
+        """`function` of a schema's arguments."""
+        options, first = self._options, self._num_inputs - 1
+        if options is None:
+            return function
 
+        def run(*scalars):
+            return function(*scalars[:first], options(*scalars[first:]))
+
+        return run
+
+    def _register_gradient(self, name: str, definition: type) -> None:
+        implementation, save = self._implementation, definition.save
+        options, first = self._options, self._num_inputs - 1
+
+        # Gradients that are None instead of zeros: the experts' activations, which an operator
+        # returns to its own backward, are the largest tensors of a layer.
         def forward(ctx, *inputs):
             output = implementation(*inputs)
-            setup_context(ctx, inputs, output)
+            ctx.set_materialize_grads(False)
+            save(ctx, inputs, output)
             return output
 
+        def setup_context(ctx, inputs, output):
+            if options is not None:
+                inputs = (*inputs[:first], options(*inputs[first:]))
+            ctx.set_materialize_grads(False)
+            save(ctx, inputs, output)
+
+        backward = _once(definition.backward, self._num_inputs)
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._function = type(self._operator.__name__, (torch.autograd.Function,), methods)
+        self._function = type(name, (torch.autograd.Function,), methods)
+        torch.library.register_autograd(
+            f"dualpipe_ext::{name}",
+            _once(definition.backward, self._num_scalars),
+            setup_context=setup_context,
+            lib=_library,
+        )
 
     def __call__(self, *inputs):
         if torch.compiler.is_compiling():
-            return self._operator(*inputs)
+            return self.dispatch(*inputs)
         if compat.takes_tangents():
             self._refuse_tangents(inputs)
         if is_observed(inputs):
-            return self._operator(*inputs)
+            return self.dispatch(*inputs)
         if self._function is not None and torch.is_grad_enabled():
             for x in inputs:
                 if isinstance(x, torch.Tensor) and x.requires_grad:
                     return self._function.apply(*inputs)
         return self._implementation(*inputs)
+
+    def dispatch(self, *inputs):
+        """The call through torch's dispatcher, which counts what is written in place."""
+        if self._options is None:
+            return self._operator(*inputs)
+        return self._operator(*inputs[:-1], *inputs[-1].scalars())
 
     def _refuse_tangents(self, inputs: tuple) -> None:
         """Kernels would drop them without a word."""
@@ -88,6 +189,23 @@ class Operator:
                     f"{self._operator.__name__} has no forward-mode derivative: take the gradient "
                     "by backward(), or compute the tangent in plain torch"
                 )
+
+
+def _fake_of(schema: str, definition: type) -> Callable:
+    if hasattr(definition, "fake"):
+        return definition.fake
+    if schema.endswith("-> ()"):
+        return _return_nothing
+    if hasattr(definition, "plain"):
+        return definition.plain
+    raise TypeError(
+        f"{definition.__name__} has outputs and neither plain nor fake: add plain, or a fake that "
+        "returns empty tensors like them"
+    )
+
+
+def _return_nothing(*inputs) -> None:
+    pass
 
 
 def is_observed(inputs: tuple) -> bool:
@@ -104,40 +222,35 @@ def is_observed(inputs: tuple) -> bool:
 
 
 def _once(backward: Callable, num_inputs: int) -> Callable:
-    """`backward` that raises where its results are differentiated: its operators have no gradient.
-    Without any gradient given, none is found.
+    """`backward` with a gradient for each of `num_inputs`, that raises where these are
+    differentiated: its operators have no gradient. Given none, it returns none.
 
     torch's once_differentiable does so only where the incoming gradients want one, and would let
     a penalty on a gradient pass for a constant.
     """
+    none = (None,) * num_inputs
 
     @wraps(backward)
-    def run(ctx, *gradients):
-        if all(gradient is None for gradient in gradients):
-            return (None,) * num_inputs
+    def run(ctx, *d_outputs):
+        for d_output in d_outputs:
+            if d_output is not None:
+                break
+        else:
+            return none
         if not torch.is_grad_enabled():
-            return backward(ctx, *gradients)
+            gradients = backward(ctx, *d_outputs)
+            return *gradients, *none[len(gradients) :]
         with torch.no_grad():
-            found = backward(ctx, *gradients)
+            gradients = backward(ctx, *d_outputs)
+        gradients = *gradients, *none[len(gradients) :]
         refuse = compat.raise_in_backward(
             "dualpipe_ext's operators have no second derivative: compute what is differentiated "
             "twice in plain torch",
-            len(found),
+            num_inputs,
         )
-        return refuse(*(x if x is None else x.detach().requires_grad_() for x in found))
+        return refuse(*(x if x is None else x.detach().requires_grad_() for x in gradients))
 
     return run
-
-
-def _without_zeros(setup_context: Callable) -> Callable:
-    """`setup_context` that has autograd pass None instead of zeros: the experts' activations, which
-    an operator returns to its own backward, are the largest tensors of a layer."""
-
-    def setup(ctx, inputs, output) -> None:
-        ctx.set_materialize_grads(False)
-        setup_context(ctx, inputs, output)
-
-    return setup
 
 
 def _count_writes(name: str) -> None:
@@ -155,36 +268,6 @@ def _count_writes(name: str) -> None:
         return compat.call_below_autograd(operator, keyset, inputs)
 
     _library.impl(name, count, "ADInplaceOrView", with_keyset=True)
-
-
-def define(
-    schema: str,
-    implementation: Callable,
-    fake: Callable,
-    backward: Callable | None = None,
-    setup_context: Callable | None = None,
-) -> Operator:
-    """Registers ``dualpipe_ext::<schema>`` for CPU and CUDA, with its gradient if it has one.
-
-    ``backward`` gets None for an output that nobody used or that has no gradient. It cannot be
-    differentiated in turn: that raises RuntimeError.
-    """
-    implementation = without_missing_kernels(implementation)
-    _library.define(schema)
-    name = schema.partition("(")[0]
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
-    torch.library.register_fake(f"dualpipe_ext::{name}", fake, lib=_library)
-    _count_writes(name)
-    operator = Operator(name, implementation)
-    if backward is not None:
-        num_inputs, _ = compat.written_arguments(getattr(torch.ops.dualpipe_ext, name).default)
-        backward, setup_context = _once(backward, num_inputs), _without_zeros(setup_context)
-        torch.library.register_autograd(
-            f"dualpipe_ext::{name}", backward, setup_context=setup_context, lib=_library
-        )
-        operator.set_gradient(backward, setup_context)
-    return operator
 
 
 def has_triton() -> bool:
@@ -277,6 +360,16 @@ def sm_count(tensor: torch.Tensor, num_sms: int) -> int:
     return device_facts(tensor.device)[0]
 
 
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether it starts where TMA and 16-byte accesses can."""
+    return tensor.data_ptr() % 16 == 0
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values where TMA and 16-byte accesses can start; seldom a copy."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 def check_tma_address(**tensors: torch.Tensor) -> None:
     """ValueError for a tensor, by name, that does not start where TMA can."""
     for name, tensor in tensors.items():
@@ -306,6 +399,11 @@ def without_autocast(function: Callable) -> Callable:
     return run
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream is captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def autocast_off(kind: str) -> AbstractContextManager:
     """torch.autocast(kind, enabled=False), for 8 us less where it is off."""
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
@@ -313,4 +411,4 @@ def autocast_off(kind: str) -> AbstractContextManager:
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What sums are made in: fp32, fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -14,17 +14,64 @@ dx 0.3 %, for which the weight and then the sums are rounded, too; torch rounds 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..compat import constant_in_graphs
-from .operator import check_num_sms, define, has_gluon, sm_count, use_triton, without_autocast
+from .operator import (
+    Options,
+    aligned,
+    check_num_sms,
+    has_gluon,
+    operator,
+    sm_count,
+    use_triton,
+    without_autocast,
+)
 from .route_reference import count_tokens, score, select_experts, weigh
 
-__all__ = ["fits", "fits_hopper", "route"]
+__all__ = [
+    "RouteBackwardOptions",
+    "RouteOptions",
+    "fits",
+    "fits_hopper",
+    "route",
+    "route_backward_operator",
+    "route_operator",
+]
 
 MAX_TOPK = 32
+
+
+@dataclass(frozen=True)
+class RouteOptions(Options):
+    """As in `route`, all given."""
+
+    topk: int
+    renormalize: bool
+    n_groups: int
+    topk_groups: int
+    route_scale: float
+    num_sms: int  # 0 = all
+
+    def of_backward(self, *, softmax: bool) -> RouteBackwardOptions:
+        return RouteBackwardOptions(
+            softmax, self.renormalize, self.n_groups, self.route_scale, self.num_sms
+        )
+
+
+@dataclass(frozen=True)
+class RouteBackwardOptions(Options):
+    """Those that the backward needs, and whether the scores are softmax's or sigmoid's."""
+
+    softmax: bool
+    renormalize: bool
+    n_groups: int
+    route_scale: float
+    num_sms: int  # 0 = all
 
 
 def fits(x: Tensor, weight: Tensor, topk: int, n_groups: int) -> bool:
@@ -97,55 +144,68 @@ def route(
             f"topk={topk}, n_groups={n_groups}, topk_groups={topk_groups} with {E} experts: pass "
             f"1 <= topk <= {E}, a divisor of {E}, and 1 <= topk_groups <= n_groups"
         )
-    how = (topk, renormalize, n_groups, topk_groups, route_scale, check_num_sms(num_sms))
-    topk_weight, probability_sum, topk_idx, count, _ = route_operator(x, weight, bias, *how)
+    sms = check_num_sms(num_sms)
+    options = RouteOptions(topk, renormalize, n_groups, topk_groups, route_scale, sms)
+    topk_weight, probability_sum, topk_idx, count, _ = route_operator(x, weight, bias, options)
     return topk_idx, topk_weight, probability_sum, count
 
 
-# ---- Operators ----
+# ---- Plain torch ----
 
 
-@without_autocast
-def _forward(
-    x, weight, bias, topk, renormalize, n_groups, topk_groups, route_scale, num_sms
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    hopper = fits_hopper(x, weight, topk, n_groups)
-    weight = weight if hopper else weight.float()
-    if fits(x, weight, topk, n_groups):
-        kernel = _route_hopper if hopper else _route_triton
-        topk_idx, topk_weight, logits, probability_sum, count = kernel(
-            _aligned(x),
-            _aligned(weight),
-            bias,
-            topk=topk,
-            renormalize=renormalize,
-            n_groups=n_groups,
-            topk_groups=topk_groups,
-            route_scale=route_scale,
-            num_sms=sm_count(x, num_sms),
-        )
-        return topk_weight, probability_sum, topk_idx, count, logits
-    logits = F.linear(x.float(), weight)
+def _route(x, weight, bias, options: RouteOptions) -> tuple[Tensor, ...]:
+    logits = F.linear(x.float(), weight.float())
     scores, probability, ranking = score(logits, "softmax" if bias is None else "sigmoid")
-    topk_idx = select_experts(ranking, bias, topk, n_groups, topk_groups)
-    topk_weight = weigh(scores, topk_idx, renormalize, route_scale)
+    topk_idx = select_experts(ranking, bias, options.topk, options.n_groups, options.topk_groups)
+    topk_weight = weigh(scores, topk_idx, options.renormalize, options.route_scale)
     count = count_tokens(topk_idx, weight.shape[0])
-    return topk_weight, probability.sum(dim=0), topk_idx.int(), count, logits
+    topk_idx = topk_idx.to(torch.int32, memory_format=torch.contiguous_format)
+    return topk_weight, probability.sum(dim=0), topk_idx, count, logits
 
 
-def _route_triton(x, weight, bias, **how):
-    from ..triton_kernels.routing.route import route
+def _route_backward(
+    d_topk_weight, d_probability_sum, x, weight, logits, topk_idx, options: RouteBackwardOptions
+) -> tuple[Tensor, Tensor]:
+    scores, probability, _ = score(logits, "softmax" if options.softmax else "sigmoid")
+    d_chosen = d_topk_weight * options.route_scale
+    topk_idx = topk_idx.long()
+    if options.renormalize:
+        chosen = scores.gather(1, topk_idx)
+        total = chosen.sum(dim=1, keepdim=True) + 1e-20
+        d_chosen = (d_chosen - (d_chosen * chosen).sum(dim=1, keepdim=True) / total) / total
+    d_scores = torch.zeros_like(scores).scatter_add_(1, topk_idx, d_chosen)
+    if options.softmax:
+        d_scores = d_scores + d_probability_sum
+        d_logits = scores * (d_scores - (scores * d_scores).sum(dim=1, keepdim=True))
+    else:
+        mean = (d_probability_sum * probability).sum(dim=1, keepdim=True)
+        d_scores = d_scores + (d_probability_sum - mean) / (scores.sum(dim=1, keepdim=True) + 1e-20)
+        d_logits = d_scores * scores * (1 - scores)
+    return (d_logits @ weight.float()).to(x.dtype), d_logits.T @ x.float()
 
-    return route(x, weight, bias, part=_part(x), **how)
+
+# ---- Kernels ----
 
 
-def _route_hopper(x, weight, bias, *, n_groups, num_sms, **how):
-    from ..triton_kernels.routing.choice import choose
-    from ..triton_kernels.routing.logits_hopper import logits_hopper
+def _route_kernels(x, weight, bias, options: RouteOptions, hopper: bool) -> tuple[Tensor, ...]:
+    """topk_idx, topk_weight, logits, probability_sum and tokens_per_expert."""
+    x, weight = aligned(x.contiguous()), aligned(weight.contiguous())
+    sizes = {"n_groups": options.n_groups, "num_sms": sm_count(x, options.num_sms)}
+    choice = sizes | {
+        "topk": options.topk,
+        "renormalize": options.renormalize,
+        "topk_groups": options.topk_groups,
+        "route_scale": options.route_scale,
+    }
+    if hopper:
+        from ..triton_kernels.routing.choice import choose
+        from ..triton_kernels.routing.logits_hopper import logits_hopper
 
-    parts = logits_hopper(x, weight, n_groups=n_groups, num_sms=num_sms)
-    how |= dict(n_groups=n_groups, num_sms=num_sms)
-    return choose(parts, bias, num_experts=weight.shape[0], **how)
+        parts = logits_hopper(x, weight, **sizes)
+        return choose(parts, bias, num_experts=weight.shape[0], **choice)
+    from ..triton_kernels.routing import route as kernels
+
+    return kernels.route(x, weight, bias, part=_part(x), **choice)
 
 
 def _part(x: Tensor) -> torch.dtype:
@@ -153,112 +213,90 @@ def _part(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.is_cuda else x.dtype
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, at an address that TMA takes."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
+# ---- Operators ----
 
 
-def _forward_fake(
-    x, weight, bias, topk, renormalize, n_groups, topk_groups, route_scale, num_sms
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    T, E = x.shape[0], weight.shape[0]
-    return (
-        x.new_empty(T, topk, dtype=torch.float32),
-        x.new_empty(E, dtype=torch.float32),
-        x.new_empty(T, topk, dtype=torch.int32),
-        x.new_empty(E, dtype=torch.int64),
-        x.new_empty(T, E, dtype=torch.float32),
-    )
+class _Route:
+    """topk_weight and probability_sum, which are differentiable; topk_idx, tokens_per_expert and
+    the logits [T, E] fp32."""
+
+    @staticmethod
+    @without_autocast
+    def forward(x, weight, bias, options):
+        hopper = fits_hopper(x, weight, options.topk, options.n_groups)
+        weight = weight if hopper else weight.float()
+        if not fits(x, weight, options.topk, options.n_groups):
+            return _route(x, weight, bias, options)
+        topk_idx, topk_weight, logits, probability_sum, count = _route_kernels(
+            x, weight, bias, options, hopper
+        )
+        return topk_weight, probability_sum, topk_idx, count, logits
+
+    plain = staticmethod(without_autocast(_route))
+
+    @staticmethod
+    def save(ctx, inputs, output):
+        x, weight, bias, options = inputs
+        _, _, topk_idx, tokens_per_expert, logits = output
+        ctx.options = options.of_backward(softmax=bias is None)
+        ctx.mark_non_differentiable(topk_idx, tokens_per_expert, logits)
+        ctx.save_for_backward(x, weight, logits, topk_idx)
+
+    @staticmethod
+    def backward(ctx, d_topk_weight, d_probability_sum, _d_idx, _d_count, _d_logits):
+        x, weight, logits, topk_idx = ctx.saved_tensors  # under a checkpoint they can be had once
+        if d_topk_weight is None:
+            d_topk_weight = torch.zeros_like(topk_idx, dtype=torch.float32)
+        if d_probability_sum is None:
+            d_probability_sum = logits.new_zeros(logits.shape[1])
+        dx, d_weight = route_backward_operator(
+            d_topk_weight, d_probability_sum, x, weight, logits, topk_idx, ctx.options
+        )
+        return dx, d_weight.to(weight.dtype)
 
 
-@without_autocast
-def _backward(
-    d_topk_weight,
-    d_probability_sum,
-    x,
-    weight,
-    logits,
-    topk_idx,
-    softmax,
-    renormalize,
-    n_groups,
-    route_scale,
-    num_sms,
-) -> tuple[Tensor, Tensor]:
+route_operator = operator(
+    f"route(Tensor x, Tensor weight, Tensor? bias, {RouteOptions.schema()}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    RouteOptions,
+)(_Route)
+
+
+class _RouteBackward:
     """dx, and d_weight in fp32."""
-    hopper = fits_hopper(x, weight, topk_idx.shape[1], n_groups)
-    weight = weight if hopper else weight.float()
-    if fits(x, weight, topk_idx.shape[1], n_groups):
+
+    @staticmethod
+    @without_autocast
+    def forward(d_topk_weight, d_probability_sum, x, weight, logits, topk_idx, options):
+        topk, n_groups = topk_idx.shape[1], options.n_groups
+        hopper = fits_hopper(x, weight, topk, n_groups)
+        weight = weight if hopper else weight.float()
+        if not fits(x, weight, topk, n_groups):
+            return _route_backward(
+                d_topk_weight, d_probability_sum, x, weight, logits, topk_idx, options
+            )
         from ..triton_kernels.routing import backward as kernels
 
         return kernels.route_backward(
             d_topk_weight.contiguous(),
             d_probability_sum.contiguous(),
-            _aligned(x),
-            _aligned(weight),
+            aligned(x.contiguous()),
+            aligned(weight.contiguous()),
             logits,
             topk_idx,
-            softmax=softmax,
-            renormalize=renormalize,
-            route_scale=route_scale,
-            num_sms=sm_count(x, num_sms),
+            softmax=options.softmax,
+            renormalize=options.renormalize,
+            route_scale=options.route_scale,
+            num_sms=sm_count(x, options.num_sms),
             hopper=hopper,
             part=_part(x),
         )
-    scores, probability, _ = score(logits, "softmax" if softmax else "sigmoid")
-    d_chosen = d_topk_weight * route_scale
-    topk_idx = topk_idx.long()
-    if renormalize:
-        chosen = scores.gather(1, topk_idx)
-        total = chosen.sum(dim=1, keepdim=True) + 1e-20
-        d_chosen = (d_chosen - (d_chosen * chosen).sum(dim=1, keepdim=True) / total) / total
-    d_scores = torch.zeros_like(scores).scatter_add_(1, topk_idx, d_chosen)
-    if softmax:
-        d_scores = d_scores + d_probability_sum
-        d_logits = scores * (d_scores - (scores * d_scores).sum(dim=1, keepdim=True))
-    else:
-        mean = (d_probability_sum * probability).sum(dim=1, keepdim=True)
-        d_scores = d_scores + (d_probability_sum - mean) / (scores.sum(dim=1, keepdim=True) + 1e-20)
-        d_logits = d_scores * scores * (1 - scores)
-    return (d_logits @ weight).to(x.dtype), d_logits.T @ x.float()
+
+    plain = staticmethod(without_autocast(_route_backward))
 
 
-def _backward_fake(d_topk_weight, d_probability_sum, x, weight, *rest) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)
-
-
-def _save(ctx, inputs, output) -> None:
-    x, weight, bias, _, ctx.renormalize, ctx.n_groups, _, ctx.route_scale, ctx.num_sms = inputs
-    _, _, topk_idx, tokens_per_expert, logits = output
-    ctx.softmax = bias is None
-    ctx.mark_non_differentiable(topk_idx, tokens_per_expert, logits)
-    ctx.save_for_backward(x, weight, logits, topk_idx)
-
-
-def _gradients(ctx, d_topk_weight, d_probability_sum, _d_idx, _d_count, _d_logits):
-    how = (ctx.softmax, ctx.renormalize, ctx.n_groups, ctx.route_scale, ctx.num_sms)
-    saved = ctx.saved_tensors  # under a checkpoint they can be had once
-    if d_topk_weight is None:
-        d_topk_weight = torch.zeros_like(saved[3], dtype=torch.float32)
-    if d_probability_sum is None:
-        d_probability_sum = saved[2].new_zeros(saved[2].shape[1])
-    dx, d_weight = route_backward_operator(d_topk_weight, d_probability_sum, *saved, *how)
-    return dx, d_weight.to(saved[1].dtype), *(None,) * 7
-
-
-route_operator = define(
-    "route(Tensor x, Tensor weight, Tensor? bias, int topk, bool renormalize, int n_groups, "
-    "int topk_groups, float route_scale, int num_sms) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    _gradients,
-    _save,
-)
-route_backward_operator = define(
+route_backward_operator = operator(
     "route_backward(Tensor d_topk_weight, Tensor d_probability_sum, Tensor x, Tensor weight, "
-    "Tensor logits, Tensor topk_idx, bool softmax, bool renormalize, int n_groups, "
-    "float route_scale, int num_sms) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+    f"Tensor logits, Tensor topk_idx, {RouteBackwardOptions.schema()}) -> (Tensor, Tensor)",
+    RouteBackwardOptions,
+)(_RouteBackward)

@@ -18,6 +18,7 @@ from ..blocks.pair import OverlappedPair
 from ..blocks.stage import Criterion
 from ..errors import DualPipeError, PeerTimeoutError
 from ..gradients.data_parallel import GradientSync, unwrap
+from ..ops.main_grad import gradient_of
 from ..ranks.agreement import Agreement, seconds
 from ..ranks.groups import Group, process_group
 from .failure import Cause, Failure
@@ -429,14 +430,12 @@ def _sum_with(other: int, module: nn.Module, group: dist.ProcessGroup, timeout: 
     for parameter in module.parameters():
         if not parameter.requires_grad:
             continue
-        found = getattr(parameter, "main_grad", None)
-        if found is None:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            found = parameter.grad
-        if hasattr(found, "to_local"):  # sharded by FSDP2, both copies alike
-            found = found.to_local()
-        by_kind.setdefault((found.dtype, found.device), []).append(found)
+        gradient = gradient_of(parameter)
+        if gradient is None:
+            gradient = parameter.grad = torch.zeros_like(parameter)
+        if hasattr(gradient, "to_local"):  # sharded by FSDP2, both copies alike
+            gradient = gradient.to_local()
+        by_kind.setdefault((gradient.dtype, gradient.device), []).append(gradient)
     for gradients in by_kind.values():
         for bucket in _buckets(gradients):
             mine = torch.cat([gradient.flatten() for gradient in bucket])

@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpipe_ext.ops.block_ops import rms_norm, rotary, rotary_, rotary_tables, swiglu
 from dualpipe_ext.ops.cross_entropy import cross_entropy
+from dualpipe_ext.ops.norm import rms_norm
+from dualpipe_ext.ops.rotary import rotary, rotary_, rotary_tables
 from dualpipe_ext.ops.route import route
+from dualpipe_ext.ops.swiglu import swiglu
 from tests.support import block_ops_cases as cases
 from tests.support.ahead_of_time import check_resources
 from tests.support.block_ops_kernels import LAUNCHES, compile_launch
@@ -240,8 +242,9 @@ def test_compiles_into_one_graph():
 
 
 def test_import_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import dualpipe_ext.ops.block_ops as b, "
-    code += "dualpipe_ext.ops.cross_entropy, dualpipe_ext.ops.route, torch; "
+    code = "import sys; sys.modules['triton'] = None; import dualpipe_ext.ops.norm as b, "
+    code += "dualpipe_ext.ops.rotary, dualpipe_ext.ops.swiglu, dualpipe_ext.ops.cross_entropy, "
+    code += "dualpipe_ext.ops.route, torch; "
     code += "b.rms_norm(torch.ones(2, 8), torch.ones(8))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

@@ -7,9 +7,11 @@ import torch
 
 from dualpipe_ext.moe.router import Router
 from dualpipe_ext.ops.attention import flash_attention
-from dualpipe_ext.ops.block_ops import rms_norm, rotary, rotary_, rotary_tables, swiglu
 from dualpipe_ext.ops.cross_entropy import cross_entropy
+from dualpipe_ext.ops.norm import rms_norm
+from dualpipe_ext.ops.rotary import rotary, rotary_, rotary_tables
 from dualpipe_ext.ops.route import fits, fits_hopper, route
+from dualpipe_ext.ops.swiglu import swiglu
 from dualpipe_ext.triton_kernels.launch import sm_sharing as claims
 from dualpipe_ext.triton_kernels.routing import tiles as router_tiles
 from tests.ops.test_block_ops import block

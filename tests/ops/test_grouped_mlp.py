@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dualpipe_ext.ops import grouped_mlp as op
-from dualpipe_ext.ops import grouped_wgrad
+from dualpipe_ext.ops import grouped_bf16, grouped_wgrad
 from dualpipe_ext.ops.grouped_mlp import grouped_mlp, mlp_dgrad, mlp_forward, mlp_wgrad
 from tests.support.ahead_of_time import check_resources, compile_kernel, resources_of
 from tests.support.interpreted import run_interpreted
@@ -171,13 +170,13 @@ def test_backward_has_the_forwards_share_or_its_own(forward, backward, wanted, m
     problem, dout = make_problem((3,), 8, 8, torch.float32)
     _, saved = mlp_forward(*problem, **forward)
     shares = []
-    for module, name in ((op, "_dgrad_operator"), (grouped_wgrad, "_wgrad_operator")):
+    for module, name in ((grouped_bf16, "dgrad_operator"), (grouped_wgrad, "wgrad_operator")):
         operator = getattr(module, name)
 
         def record(*arguments, operator=operator):
-            *_, num_sms, implementation, take_over = arguments
-            assert implementation == "auto"
-            shares.append((num_sms, take_over))
+            options = arguments[-1]
+            assert options.implementation == "auto"
+            shares.append((options.num_sms, options.take_over))
             return operator(*arguments)
 
         monkeypatch.setattr(module, name, record)

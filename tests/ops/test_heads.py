@@ -5,8 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dualpipe_ext.ops import heads as head_ops
-from dualpipe_ext.ops.block_ops import rotary_tables
 from dualpipe_ext.ops.heads import split_heads, tables, turn_tail
+from dualpipe_ext.ops.rotary import rotary_tables
 
 
 def turned(x: torch.Tensor, base: float) -> torch.Tensor:
@@ -99,12 +99,12 @@ def test_who_looks_on_leaves_nothing_behind():
 
 def test_a_capture_uses_kept_tables_and_keeps_none(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(head_ops, "_capturing", lambda device: True)
+    monkeypatch.setattr(head_ops, "is_capturing", lambda device: True)
     assert tables(6, 4, 44.0, cpu)[0] is not tables(6, 4, 44.0, cpu)[0]
     assert not [key for key in head_ops._kept if key[2] == 44.0]
     monkeypatch.undo()
     warm = tables(8, 4, 44.0, cpu)
-    monkeypatch.setattr(head_ops, "_capturing", lambda device: True)
+    monkeypatch.setattr(head_ops, "is_capturing", lambda device: True)
     assert tables(8, 4, 44.0, cpu)[0] is warm[0]
 
 

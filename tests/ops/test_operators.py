@@ -15,13 +15,16 @@ from dualpipe_ext.blocks.attention import GroupedQueryAttention, LatentAttention
 from dualpipe_ext.blocks.block import TransformerBlock
 from dualpipe_ext.gradients.delayed import DelayedLinear
 from dualpipe_ext.moe.router import Router
-from dualpipe_ext.ops import block_ops, cross_entropy, grouped_fp8
+from dualpipe_ext.ops import cross_entropy, grouped_fp8
 from dualpipe_ext.ops import operator as operators
+from dualpipe_ext.ops import rotary as rotary_ops
 from dualpipe_ext.ops.attention import flash_attention
-from dualpipe_ext.ops.block_ops import rms_norm, rotary_tables
 from dualpipe_ext.ops.grouped_mlp import grouped_mlp as experts
 from dualpipe_ext.ops.heads import split_heads, turn_tail
+from dualpipe_ext.ops.norm import rms_norm
+from dualpipe_ext.ops.rotary import rotary, rotary_, rotary_tables
 from dualpipe_ext.ops.route import route
+from dualpipe_ext.ops.swiglu import swiglu
 from tests.ops.test_grouped_mlp import make_problem
 
 WEIGHT = torch.rand(16) + 0.5
@@ -41,8 +44,8 @@ def in_experts(x, **how):
 CALLS = {
     "rms_norm": lambda x: rms_norm(x, WEIGHT),
     "residual": lambda x: rms_norm(x, WEIGHT, residual=2 * x)[1],
-    "swiglu": block_ops.swiglu,
-    "rotary": lambda x: block_ops.rotary(x, *rotary_tables(5, 16)),
+    "swiglu": swiglu,
+    "rotary": lambda x: rotary(x, *rotary_tables(5, 16)),
     "split_heads": lambda x: torch.cat(split_heads(x, 1), dim=2),
     "turn_tail": lambda x: turn_tail(x, 8),
     "flash_attention": lambda x: flash_attention(x, x, x, causal=True),
@@ -165,18 +168,18 @@ def write_through_address(y, values):
 
 
 def test_rotary_in_place_counts_as_a_write(monkeypatch):
-    def write(x, cos, sin, positions, interleaved, inverse, num_sms, y):
+    def write(x, cos, sin, positions, options, y):
         write_through_address(y, 2 * x)
 
-    monkeypatch.setattr(block_ops, "rotate_into", write)
+    monkeypatch.setattr(rotary_ops, "rotate_into", write)
     tables = rotary_tables(5, 16)
     for call in (
-        lambda x: block_ops.rotary_(x, *tables),
+        lambda x: rotary_(x, *tables),
         lambda x: torch.ops.dualpipe_ext.rotary_(x, *tables, None, False, False, 0),
     ):
         leaf = make_x()
         y = leaf.exp()  # saves its result
-        call(y if call.__code__.co_names[0] == "block_ops" else y.detach())
+        call(y if call.__code__.co_names[0] == "rotary_" else y.detach())
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
 

@@ -13,9 +13,11 @@ from unittest import mock
 import torch
 
 from dualpipe_ext.moe.router import Router
-from dualpipe_ext.ops.block_ops import rms_norm, rotary, rotary_, rotary_tables, swiglu
 from dualpipe_ext.ops.cross_entropy import cross_entropy
+from dualpipe_ext.ops.norm import rms_norm
+from dualpipe_ext.ops.rotary import rotary, rotary_, rotary_tables
 from dualpipe_ext.ops.route import route
+from dualpipe_ext.ops.swiglu import swiglu
 
 TOLERANCE = {
     torch.float64: 1e-12,

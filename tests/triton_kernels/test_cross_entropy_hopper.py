@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 
-from dualpipe_ext.ops.cross_entropy import _losses
+from dualpipe_ext.ops.cross_entropy import CrossEntropyOptions, losses
 from tests.ops.test_grouped_mlp import ROOT
 from tests.support import gluon_emulator
 from tests.support.block_ops_cases import drawn
@@ -35,7 +35,7 @@ def test_loss(T, V, extra, dtype):
     targets = drawn(2, T).mul(V).long().remainder(V)
     targets[::3] = -100
     got = run(logits, targets, z_loss=1e-2)
-    want = _losses(logits, targets, -100, 1e-2)
+    want = losses(logits, targets, CrossEntropyOptions(-100, 1e-2, 0))
     for value, expected in zip(got, want, strict=True):
         torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=1e-5)
     others = run(logits, targets, z_loss=1e-2, num_sms=100)

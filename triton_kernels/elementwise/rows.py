@@ -14,9 +14,9 @@ import triton.language as tl
 
 from ..launch.arithmetic import ceil_div, power_of_two
 from ..launch.cached import cache_launches
+from .fp8 import BLOCK as SCALE_BLOCK
 
 VECTOR = 8  # elements: 16 bytes of bf16; H and strides of rows are multiples of it
-SCALE_BLOCK = 128  # columns that share an fp8 scale
 BLOCK = 128  # rows whose weights are moved at once: a weight a thread for 8 routes and 32 warps
 MAX_PADDING = 128  # rows: experts start at multiples of it (routing.ROW_ALIGNMENT)
 

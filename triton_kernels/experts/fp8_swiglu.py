@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..elementwise.fp8 import BLOCK
 from ..launch.arithmetic import ceil_div
 from ..launch.cached import cache_launches
-from .quantize import BLOCK, to_fp8
+from .quantize import to_fp8
 
 __all__ = ["swiglu", "swiglu_backward"]
 

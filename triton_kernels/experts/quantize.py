@@ -10,15 +10,15 @@ import torch
 import triton
 import triton.language as tl
 
+from ..elementwise import fp8
+from ..elementwise.fp8 import BLOCK
 from ..launch.arithmetic import ceil_div
 from ..launch.cached import cache_launches
 
 __all__ = ["quantize_rows", "quantize_weights"]
 
-BLOCK = 128  # columns of a row, or side of a square, that share a scale
 VECTOR = 16  # fp8 numbers: widths come as multiples of it, so that the compiler knows they are
-E4M3_MAX = tl.constexpr(448.0)
-SMALLEST_AMAX = tl.constexpr(1e-4)  # a block of zeros still has a scale to divide by
+E4M3_MAX, SMALLEST_AMAX = tl.constexpr(fp8.E4M3_MAX), tl.constexpr(fp8.SMALLEST_AMAX)
 
 # A tile of rows: 32 · 1024 bf16 numbers are 64 KiB in flight an SM, twice what hides a loaded
 # latency of 1 µs at 30 bytes a ns, and 4 vectors of 16 bytes a thread.
