@@ -350,7 +350,12 @@ def _backward_kernels(
 _STARTS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 
 
-class _Forward:
+@operator(
+    f"flash_attention_forward(Tensor q, Tensor k, Tensor v, {_STARTS}, "
+    f"{AttentionOptions.schema()}) -> (Tensor, Tensor)",
+    AttentionOptions,
+)
+class forward_operator:
     """out, as `flash_attention` returns it, and lse [B, N, S_q], or packed [N, T_q]."""
 
     @staticmethod
@@ -392,14 +397,12 @@ class _Forward:
         return backward_operator(d_out, *ctx.saved_tensors, ctx.options)
 
 
-forward_operator = operator(
-    f"flash_attention_forward(Tensor q, Tensor k, Tensor v, {_STARTS}, "
-    f"{AttentionOptions.schema()}) -> (Tensor, Tensor)",
+@operator(
+    "flash_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor lse, {_STARTS}, {AttentionOptions.schema()}) -> (Tensor, Tensor, Tensor)",
     AttentionOptions,
-)(_Forward)
-
-
-class _Backward:
+)
+class backward_operator:
     """The gradients of q, k and v."""
 
     @staticmethod
@@ -413,10 +416,3 @@ class _Backward:
     def fake(d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options):
         packed = cu_seqlens_q is not None
         return tuple(_empty_like(x, x.shape[-1], packed) for x in (q, k, v))
-
-
-backward_operator = operator(
-    "flash_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, {_STARTS}, {AttentionOptions.schema()}) -> (Tensor, Tensor, Tensor)",
-    AttentionOptions,
-)(_Backward)

@@ -195,7 +195,12 @@ def _fits_hopper(rows: Tensor) -> bool:
 # ---- Operators ----
 
 
-class _CrossEntropy:
+@operator(
+    f"cross_entropy(Tensor logits, Tensor targets, {CrossEntropyOptions.schema()}) "
+    "-> (Tensor, Tensor)",
+    CrossEntropyOptions,
+)
+class cross_entropy_operator:
     """The loss and the lse of every row, [T] each."""
 
     @staticmethod
@@ -229,14 +234,12 @@ class _CrossEntropy:
         return (cross_entropy_backward_operator(d_loss, *ctx.saved_tensors, ctx.options),)
 
 
-cross_entropy_operator = operator(
-    f"cross_entropy(Tensor logits, Tensor targets, {CrossEntropyOptions.schema()}) "
-    "-> (Tensor, Tensor)",
+@operator(
+    "cross_entropy_backward(Tensor d_loss, Tensor logits, Tensor targets, Tensor lse, "
+    f"{CrossEntropyOptions.schema()}) -> Tensor",
     CrossEntropyOptions,
-)(_CrossEntropy)
-
-
-class _CrossEntropyBackward:
+)
+class cross_entropy_backward_operator:
     """The gradient of the logits [T, V] from that of every row's loss, d_loss [T]."""
 
     @staticmethod
@@ -257,14 +260,12 @@ class _CrossEntropyBackward:
         return gradient.to(logits.dtype).contiguous()
 
 
-cross_entropy_backward_operator = operator(
-    "cross_entropy_backward(Tensor d_loss, Tensor logits, Tensor targets, Tensor lse, "
+@operator(
+    "cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor factor, "
     f"{CrossEntropyOptions.schema()}) -> Tensor",
     CrossEntropyOptions,
-)(_CrossEntropyBackward)
-
-
-class _CrossEntropyInPlace:
+)
+class cross_entropy_in_place_operator:
     """The loss of every row [T]; the gradient of factor [1] times their sum replaces the logits."""
 
     @staticmethod
@@ -289,14 +290,8 @@ class _CrossEntropyInPlace:
         return logits.new_empty(logits.shape[:1], dtype=wide(logits.dtype))
 
 
-cross_entropy_in_place_operator = operator(
-    "cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor factor, "
-    f"{CrossEntropyOptions.schema()}) -> Tensor",
-    CrossEntropyOptions,
-)(_CrossEntropyInPlace)
-
-
-class _ScaleRows:
+@operator("scale_rows_(Tensor(a!) rows, Tensor factor, int num_sms) -> ()")
+class scale_rows_operator:
     """rows [T, V] times factor [1]."""
 
     @staticmethod
@@ -309,8 +304,3 @@ class _ScaleRows:
         from ..triton_kernels.elementwise import cross_entropy as kernels
 
         kernels.scale_rows(rows, factor, num_sms=sm_count(rows, num_sms))
-
-
-scale_rows_operator = operator("scale_rows_(Tensor(a!) rows, Tensor factor, int num_sms) -> ()")(
-    _ScaleRows
-)

@@ -34,7 +34,13 @@ def dgrad(dout, dout_scale, saved: MLPSaved, options: GroupedOptions) -> tuple[t
 # ---- Operators ----
 
 
-class _Forward:
+@operator(
+    "grouped_mlp_forward(Tensor rows, Tensor row_weight, Tensor w13, Tensor w2, "
+    f"Tensor expert_offsets, bool save, {GroupedOptions.schema()}=False) "
+    "-> (Tensor, Tensor, Tensor)",
+    GroupedOptions,
+)
+class forward_operator:
     """out [R, H], act [R, I] and gate_up [R, 2I], or [0, 2I] unless `save`."""
 
     @staticmethod
@@ -73,19 +79,16 @@ class _Forward:
         return gradients(ctx, dout, _input_gradients, ctx.needs_input_grad[2:4])
 
 
-forward_operator = operator(
-    "grouped_mlp_forward(Tensor rows, Tensor row_weight, Tensor w13, Tensor w2, "
-    f"Tensor expert_offsets, bool save, {GroupedOptions.schema()}=False) "
-    "-> (Tensor, Tensor, Tensor)",
-    GroupedOptions,
-)(_Forward)
-
-
 def _input_gradients(dout, row_weight, w13, w2, expert_offsets, act, gate_up, options):
     return *dgrad_operator(dout, gate_up, row_weight, w13, w2, expert_offsets, options), act
 
 
-class _Dgrad:
+@operator(
+    "grouped_mlp_dgrad(Tensor dout, Tensor gate_up, Tensor row_weight, Tensor w13, Tensor w2, "
+    f"Tensor expert_offsets, {GroupedOptions.schema()}=False) -> (Tensor, Tensor, Tensor)",
+    GroupedOptions,
+)
+class dgrad_operator:
     """drows [R, H], drow_weight [R] and d_gate_up [R, 2I]."""
 
     @staticmethod
@@ -114,10 +117,3 @@ class _Dgrad:
     @staticmethod
     def fake(dout, gate_up, row_weight, w13, w2, expert_offsets, options):
         return dout.new_empty(dout.shape), torch.empty_like(row_weight), torch.empty_like(gate_up)
-
-
-dgrad_operator = operator(
-    "grouped_mlp_dgrad(Tensor dout, Tensor gate_up, Tensor row_weight, Tensor w13, Tensor w2, "
-    f"Tensor expert_offsets, {GroupedOptions.schema()}=False) -> (Tensor, Tensor, Tensor)",
-    GroupedOptions,
-)(_Dgrad)

@@ -181,7 +181,13 @@ def _fp8_rows(rows, scale, expert_offsets, sms: int) -> tuple[torch.Tensor, torc
     return quantize_rows(rows, expert_offsets, num_sms=sms)
 
 
-class _Forward:
+@operator(
+    "grouped_fp8_forward(Tensor rows, Tensor? row_scale, Tensor row_weight, Tensor w13, Tensor w2, "
+    "Tensor q13, Tensor t13, Tensor s13, Tensor q2, Tensor t2, Tensor s2, Tensor expert_offsets, "
+    f"bool save, {GroupedOptions.schema()}) -> (Tensor, Tensor)",
+    GroupedOptions,
+)
+class forward_operator:
     """out [R, H] and gate_up [R, 2I], or [0, 2I] unless `save`."""
 
     @staticmethod
@@ -231,14 +237,6 @@ class _Forward:
         return drows, None, *rest
 
 
-forward_operator = operator(
-    "grouped_fp8_forward(Tensor rows, Tensor? row_scale, Tensor row_weight, Tensor w13, Tensor w2, "
-    "Tensor q13, Tensor t13, Tensor s13, Tensor q2, Tensor t2, Tensor s2, Tensor expert_offsets, "
-    f"bool save, {GroupedOptions.schema()}) -> (Tensor, Tensor)",
-    GroupedOptions,
-)(_Forward)
-
-
 def _input_gradients(
     dout, row_weight, w13, w2, expert_offsets, t13, s13, t2, s2, gate_up, options
 ) -> tuple[torch.Tensor, ...]:
@@ -246,7 +244,12 @@ def _input_gradients(
     return dgrad_operator(*tensors, options.num_sms, options.implementation)
 
 
-class _Dgrad:
+@operator(
+    "grouped_fp8_dgrad(Tensor dout, Tensor? dout_scale, Tensor gate_up, Tensor row_weight, "
+    "Tensor t13, Tensor s13, Tensor t2, Tensor s2, Tensor expert_offsets, "
+    "int num_sms, str implementation) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+class dgrad_operator:
     """drows [R, H], drow_weight [R], d_gate_up [R, 2I] and act [R, I]."""
 
     @staticmethod
@@ -284,10 +287,3 @@ class _Dgrad:
         act = gate_up.new_empty(len(dout), gate_up.shape[1] // 2)
         drows = gate_up.new_empty(dout.shape)
         return drows, torch.empty_like(row_weight), torch.empty_like(gate_up), act
-
-
-dgrad_operator = operator(
-    "grouped_fp8_dgrad(Tensor dout, Tensor? dout_scale, Tensor gate_up, Tensor row_weight, "
-    "Tensor t13, Tensor s13, Tensor t2, Tensor s2, Tensor expert_offsets, "
-    "int num_sms, str implementation) -> (Tensor, Tensor, Tensor, Tensor)"
-)(_Dgrad)

@@ -76,7 +76,8 @@ def _empty_gradient(y, x, expert_offsets) -> torch.Tensor:
 _INPUTS = f"Tensor y, Tensor x, Tensor expert_offsets, {GroupedOptions.schema()}=False"
 
 
-class _Wgrad:
+@operator(f"grouped_wgrad({_INPUTS}) -> Tensor", GroupedOptions)
+class wgrad_operator:
     """dw."""
 
     @staticmethod
@@ -90,17 +91,10 @@ class _Wgrad:
         return _empty_gradient(y, x, expert_offsets)
 
 
-wgrad_operator = operator(f"grouped_wgrad({_INPUTS}) -> Tensor", GroupedOptions)(_Wgrad)
-
-
-class _WgradAdd:
+@operator(f"grouped_wgrad_(Tensor(a!) total, {_INPUTS}) -> ()", GroupedOptions)
+class wgrad_add_operator:
     """Adds dw to total."""
 
     @staticmethod
     def forward(total, y, x, expert_offsets, options):
         _write(total, y, x, expert_offsets, options, accumulate=True)
-
-
-wgrad_add_operator = operator(f"grouped_wgrad_(Tensor(a!) total, {_INPUTS}) -> ()", GroupedOptions)(
-    _WgradAdd
-)

@@ -97,7 +97,10 @@ def _check_heads(name: str, x: Tensor) -> None:
 _FORWARD, _BACKWARD = RotaryOptions(), RotaryOptions(inverse=True)
 
 
-class _SplitHeads:
+@operator(
+    "split_heads(Tensor qkv, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor, Tensor)"
+)
+class split_heads_operator:
     """q [B, S, N, D], turned, k [B, S, G, D], turned, and v of qkv [B, S, N + 2G, D]."""
 
     @staticmethod
@@ -129,12 +132,8 @@ class _SplitHeads:
         return (join_heads_operator(dq, dk, dv, *ctx.saved_tensors),)
 
 
-split_heads_operator = operator(
-    "split_heads(Tensor qkv, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor, Tensor)"
-)(_SplitHeads)
-
-
-class _JoinHeads:
+@operator("join_heads(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor")
+class join_heads_operator:
     """The gradient of split_heads' qkv."""
 
     @staticmethod
@@ -152,12 +151,8 @@ class _JoinHeads:
         return dq.new_empty(B, S, N + 2 * dk.shape[2], D)
 
 
-join_heads_operator = operator(
-    "join_heads(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor"
-)(_JoinHeads)
-
-
-class _TurnTail:
+@operator("turn_tail(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor")
+class turn_tail_operator:
     """x [B, S, N, D] with the last numbers of its heads turned, as many as the tables are for."""
 
     @staticmethod
@@ -179,8 +174,3 @@ class _TurnTail:
     @staticmethod
     def backward(ctx, dy):
         return (turn_tail_operator(dy, *ctx.saved_tensors, True),)
-
-
-turn_tail_operator = operator(
-    "turn_tail(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor"
-)(_TurnTail)

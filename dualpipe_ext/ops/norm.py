@@ -79,7 +79,11 @@ def _rows(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(1) == 1 else x.contiguous()
 
 
-class _Norm:
+@operator(
+    "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, int num_sms) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+class norm_operator:
     """normed [T, H]; x + residual [T, H], or [0] without a residual; 1 / root mean square [T]."""
 
     @staticmethod
@@ -129,13 +133,11 @@ class _Norm:
         return dx, dx if ctx.has_residual else None, d_weight
 
 
-norm_operator = operator(
-    "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, int num_sms) "
-    "-> (Tensor, Tensor, Tensor)"
-)(_Norm)
-
-
-class _NormBackward:
+@operator(
+    "rms_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor weight, "
+    "Tensor rstd, int num_sms) -> (Tensor, Tensor)"
+)
+class norm_backward_operator:
     """Gradients of hidden, what was normalised, [T, H], with d_hidden added, and of weight [H]."""
 
     @staticmethod
@@ -165,9 +167,3 @@ class _NormBackward:
         if d_hidden is not None:
             dx = dx + d_hidden.to(math)
         return dx.to(hidden.dtype).contiguous(), d_weight.to(weight.dtype)
-
-
-norm_backward_operator = operator(
-    "rms_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor weight, "
-    "Tensor rstd, int num_sms) -> (Tensor, Tensor)"
-)(_NormBackward)

@@ -217,7 +217,8 @@ def rotate_into(x, cos, sin, positions, options: RotaryOptions, y) -> None:
 _TABLES = "Tensor cos, Tensor sin, Tensor? positions"
 
 
-class _Rotary:
+@operator(f"rotary(Tensor x, {_TABLES}, {RotaryOptions.schema()}) -> Tensor", RotaryOptions)
+class rotary_operator:
     """x [B, S, N, D] turned."""
 
     @staticmethod
@@ -240,19 +241,10 @@ class _Rotary:
         return (rotary_operator(dy, *ctx.saved_tensors, ctx.options.inverted()),)
 
 
-rotary_operator = operator(
-    f"rotary(Tensor x, {_TABLES}, {RotaryOptions.schema()}) -> Tensor", RotaryOptions
-)(_Rotary)
-
-
-class _RotaryInPlace:
+@operator(f"rotary_(Tensor(a!) x, {_TABLES}, {RotaryOptions.schema()}) -> ()", RotaryOptions)
+class rotary_in_place_operator:
     """x [B, S, N, D] turned where it is."""
 
     @staticmethod
     def forward(x, cos, sin, positions, options):
         rotate_into(x, cos, sin, positions, options, x)
-
-
-rotary_in_place_operator = operator(
-    f"rotary_(Tensor(a!) x, {_TABLES}, {RotaryOptions.schema()}) -> ()", RotaryOptions
-)(_RotaryInPlace)

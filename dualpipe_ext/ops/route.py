@@ -216,7 +216,12 @@ def _part(x: Tensor) -> torch.dtype:
 # ---- Operators ----
 
 
-class _Route:
+@operator(
+    f"route(Tensor x, Tensor weight, Tensor? bias, {RouteOptions.schema()}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    RouteOptions,
+)
+class route_operator:
     """topk_weight and probability_sum, which are differentiable; topk_idx, tokens_per_expert and
     the logits [T, E] fp32."""
 
@@ -255,14 +260,12 @@ class _Route:
         return dx, d_weight.to(weight.dtype)
 
 
-route_operator = operator(
-    f"route(Tensor x, Tensor weight, Tensor? bias, {RouteOptions.schema()}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    RouteOptions,
-)(_Route)
-
-
-class _RouteBackward:
+@operator(
+    "route_backward(Tensor d_topk_weight, Tensor d_probability_sum, Tensor x, Tensor weight, "
+    f"Tensor logits, Tensor topk_idx, {RouteBackwardOptions.schema()}) -> (Tensor, Tensor)",
+    RouteBackwardOptions,
+)
+class route_backward_operator:
     """dx, and d_weight in fp32."""
 
     @staticmethod
@@ -293,10 +296,3 @@ class _RouteBackward:
         )
 
     plain = staticmethod(without_autocast(_route_backward))
-
-
-route_backward_operator = operator(
-    "route_backward(Tensor d_topk_weight, Tensor d_probability_sum, Tensor x, Tensor weight, "
-    f"Tensor logits, Tensor topk_idx, {RouteBackwardOptions.schema()}) -> (Tensor, Tensor)",
-    RouteBackwardOptions,
-)(_RouteBackward)

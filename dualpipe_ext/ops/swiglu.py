@@ -57,7 +57,8 @@ def _swiglu_kernels(gate_up: Tensor):
     return swiglu
 
 
-class _Swiglu:
+@operator("swiglu(Tensor gate_up, int num_sms) -> Tensor")
+class swiglu_operator:
     """silu(gate) * up [T, D] of gate_up [T, 2D]."""
 
     @staticmethod
@@ -84,10 +85,8 @@ class _Swiglu:
         return (swiglu_backward_operator(dy, *ctx.saved_tensors, ctx.num_sms),)
 
 
-swiglu_operator = operator("swiglu(Tensor gate_up, int num_sms) -> Tensor")(_Swiglu)
-
-
-class _SwigluBackward:
+@operator("swiglu_backward(Tensor dy, Tensor gate_up, int num_sms) -> Tensor")
+class swiglu_backward_operator:
     """The gradient of gate_up [T, 2D] from that of the activation, dy [T, D]."""
 
     @staticmethod
@@ -107,8 +106,3 @@ class _SwigluBackward:
         s = gate.sigmoid()
         d_gate, d_up = dy * up * (s + gate * s * (1 - s)), dy * gate * s
         return torch.cat((d_gate, d_up), dim=1).to(gate_up.dtype).contiguous()
-
-
-swiglu_backward_operator = operator(
-    "swiglu_backward(Tensor dy, Tensor gate_up, int num_sms) -> Tensor"
-)(_SwigluBackward)
