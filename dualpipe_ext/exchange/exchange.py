@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from ..errors import ExchangeClosedError
-from ..ops.operator import device_facts
+from ..ops.operator import device_facts, wide
 from ..ranks.groups import process_group
 from ..trace.ranges import named_range
 from ..triton_kernels.launch import available
@@ -367,7 +367,7 @@ class Exchange:
 
     @property
     def _weight_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
+        return wide(self.dtype)
 
     def _count_sms(self, comm_sms: int | float) -> int:
         total, _ = device_facts(self.device)

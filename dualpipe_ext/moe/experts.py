@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..balance.load import LoadWindow
 from ..balance.placement import ExpertPlacement, SlotTables
 from ..ops.main_grad import gradient_of
+from ..ops.operator import wide
 from ..ranks.groups import process_group
 from ..ranks.row_transfer import RowTransfer
 from .moves import list_expert_tensors, move_experts
@@ -208,8 +209,8 @@ class PlacedExperts(nn.Module):
         for weight in self._weights().values():
             gradient = gradient_of(weight)
             if gradient is not None:
-                wide = torch.promote_types(gradient.dtype, torch.float32)
-                norm_S = torch.linalg.vector_norm(gradient, dim=(1, 2), dtype=wide)
+                math = wide(gradient.dtype)
+                norm_S = torch.linalg.vector_norm(gradient, dim=(1, 2), dtype=math)
                 total += (norm_S.square() * share_S).sum()
         return total
 

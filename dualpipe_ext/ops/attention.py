@@ -21,6 +21,8 @@ from torch import Tensor
 from ..compat import constant_in_graphs
 from .operator import (
     Options,
+    check_implementation,
+    check_num_sms,
     device_facts,
     has_gluon,
     is_aligned,
@@ -34,12 +36,12 @@ from .operator import (
 __all__ = [
     "AttentionOptions",
     "backward_into",
+    "backward_operator",
     "flash_attention",
     "forward_operator",
     "runs_as_kernels",
 ]
 
-IMPLEMENTATIONS = ("auto", "triton", "reference")
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = ((64, 64), (128, 128), (192, 128))  # (D, V) that the kernels take
 
@@ -140,10 +142,8 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, num_sms, implementation) 
         _check_starts(q, cu_seqlens_q, cu_seqlens_k)
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale={scale}: pass a positive number, or None for D ** -0.5")
-    if num_sms is not None and (not isinstance(num_sms, int) or num_sms < 1):
-        raise ValueError(f"num_sms={num_sms!r}: pass an int of at least 1, or None for all SMs")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: pass one of {IMPLEMENTATIONS}")
+    check_num_sms(num_sms)
+    check_implementation(implementation)
 
 
 def _check_starts(q, cu_seqlens_q, cu_seqlens_k) -> None:
