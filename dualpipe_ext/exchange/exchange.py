@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import ExchangeClosedError
-from ..ops.operator import device_facts
+from ..ops.operator import device_facts, wide
 from ..ranks.groups import Group, process_group
 from ..trace.ranges import named_range
 from ..triton_kernels.launch import available
@@ -474,7 +474,7 @@ class Exchange:
 
     @property
     def _weight_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
+        return wide(self.dtype)
 
     def _count_sms(self, comm_sms: int | float) -> int:
         total, _ = device_facts(self.device)

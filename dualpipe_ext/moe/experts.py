@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..balance.load import LoadWindow
 from ..balance.placement import ExpertPlacement, SlotTables
 from ..ops.main_grad import gradient_of
+from ..ops.operator import wide
 from ..ranks.agreement import Agreement
 from ..ranks.groups import Group, process_group
 from ..ranks.row_transfer import RowTransfer
@@ -214,8 +215,8 @@ class PlacedExperts(nn.Module):
         for weight in self._weights().values():
             gradient = gradient_of(weight)
             if gradient is not None:
-                wide = torch.promote_types(gradient.dtype, torch.float32)
-                norm_S = torch.linalg.vector_norm(gradient, dim=(1, 2), dtype=wide)
+                math = wide(gradient.dtype)
+                norm_S = torch.linalg.vector_norm(gradient, dim=(1, 2), dtype=math)
                 total += (norm_S.square() * share_S).sum()
         return total
 

@@ -20,7 +20,7 @@ from ..gradients.delayed import linear
 from ..ops.grouped_fp8 import check_fp8, is_fp8
 from ..ops.grouped_mlp import grouped_mlp
 from ..ops.main_grad import carry_main_grad
-from ..ops.operator import autocast_off
+from ..ops.operator import autocast_off, wide
 from ..ops.swiglu import swiglu
 from ..ranks.groups import Group
 from ..triton_kernels.launch import available
@@ -179,8 +179,8 @@ class MoELayer(PlacedExperts, RoutedFeedForward):
 
         self._owns_router = isinstance(router, str)
         if isinstance(router, str):
-            wide = torch.promote_types(dtype, torch.float32)
-            router = Router(hidden, num_experts, topk, kind=router, num_sms=num_sms, dtype=wide)
+            math = wide(dtype)
+            router = Router(hidden, num_experts, topk, kind=router, num_sms=num_sms, dtype=math)
         self.router = router if device is None else router.to(device)
         self.shared_expert = None
         if shared_expert_hidden:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.operator import autocast_off, check_num_sms
+from ..ops.operator import autocast_off, check_num_sms, wide
 from ..ops.route import RouteOptions, fits_hopper, route_operator
 from ..ops.route_reference import balance_loss, count_tokens, score, select_experts, weigh
 
@@ -127,7 +127,7 @@ class Router(nn.Module):
         with autocast_off(x.device.type):
             if self.takes_kernel(x):
                 return self._fused(x)
-            math_dtype = torch.promote_types(x.dtype, torch.float32)
+            math_dtype = wide(x.dtype)
             logits = F.linear(x.to(math_dtype), self.weight.to(math_dtype))
             scores, probability, ranking = score(logits, self.kind)
             topk_idx = self.select(ranking)
@@ -138,7 +138,7 @@ class Router(nn.Module):
 
     def takes_kernel(self, x: Tensor) -> bool:
         """Whether x [T, H] is routed by the fused operator."""
-        if torch.promote_types(x.dtype, torch.float32) != torch.float32:
+        if wide(x.dtype) != torch.float32:
             return False
         if self.implementation == "torch" or type(self).select is not Router.select:
             return False

@@ -21,6 +21,8 @@ from torch import Tensor
 from ..compat import constant_in_graphs
 from .operator import (
     Options,
+    check_implementation,
+    check_num_sms,
     device_facts,
     has_gluon,
     is_aligned,
@@ -34,12 +36,12 @@ from .operator import (
 __all__ = [
     "AttentionOptions",
     "backward_into",
+    "backward_operator",
     "flash_attention",
     "forward_operator",
     "runs_as_kernels",
 ]
 
-IMPLEMENTATIONS = ("auto", "triton", "reference")
 DTYPES = (torch.bfloat16, torch.float16)
 WIDTHS = ((64, 64), (128, 128), (192, 128))  # (D, V) that the kernels take
 
@@ -140,10 +142,8 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, num_sms, implementation) 
         _check_starts(q, cu_seqlens_q, cu_seqlens_k)
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale={scale}: pass a positive number, or None for D ** -0.5")
-    if num_sms is not None and (not isinstance(num_sms, int) or num_sms < 1):
-        raise ValueError(f"num_sms={num_sms!r}: pass an int of at least 1, or None for all SMs")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: pass one of {IMPLEMENTATIONS}")
+    check_num_sms(num_sms)
+    check_implementation(implementation)
 
 
 def _check_starts(q, cu_seqlens_q, cu_seqlens_k) -> None:
@@ -350,12 +350,7 @@ def _backward_kernels(
 _STARTS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 
 
-@operator(
-    f"flash_attention_forward(Tensor q, Tensor k, Tensor v, {_STARTS}, "
-    f"{AttentionOptions.schema()}) -> (Tensor, Tensor)",
-    AttentionOptions,
-)
-class forward_operator:
+class _ForwardOperator:
     """out, as `flash_attention` returns it, and lse [B, N, S_q], or packed [N, T_q]."""
 
     @staticmethod
@@ -397,12 +392,14 @@ class forward_operator:
         return backward_operator(d_out, *ctx.saved_tensors, ctx.options)
 
 
-@operator(
-    "flash_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, {_STARTS}, {AttentionOptions.schema()}) -> (Tensor, Tensor, Tensor)",
+forward_operator = operator(
+    f"flash_attention_forward(Tensor q, Tensor k, Tensor v, {_STARTS}, "
+    f"{AttentionOptions.schema()}) -> (Tensor, Tensor)",
     AttentionOptions,
-)
-class backward_operator:
+)(_ForwardOperator)
+
+
+class _BackwardOperator:
     """The gradients of q, k and v."""
 
     @staticmethod
@@ -416,3 +413,10 @@ class backward_operator:
     def fake(d_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, options):
         packed = cu_seqlens_q is not None
         return tuple(_empty_like(x, x.shape[-1], packed) for x in (q, k, v))
+
+
+backward_operator = operator(
+    "flash_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor lse, {_STARTS}, {AttentionOptions.schema()}) -> (Tensor, Tensor, Tensor)",
+    AttentionOptions,
+)(_BackwardOperator)

@@ -195,12 +195,7 @@ def _fits_hopper(rows: Tensor) -> bool:
 # ---- Operators ----
 
 
-@operator(
-    f"cross_entropy(Tensor logits, Tensor targets, {CrossEntropyOptions.schema()}) "
-    "-> (Tensor, Tensor)",
-    CrossEntropyOptions,
-)
-class cross_entropy_operator:
+class _CrossEntropyOperator:
     """The loss and the lse of every row, [T] each."""
 
     @staticmethod
@@ -234,12 +229,14 @@ class cross_entropy_operator:
         return (cross_entropy_backward_operator(d_loss, *ctx.saved_tensors, ctx.options),)
 
 
-@operator(
-    "cross_entropy_backward(Tensor d_loss, Tensor logits, Tensor targets, Tensor lse, "
-    f"{CrossEntropyOptions.schema()}) -> Tensor",
+cross_entropy_operator = operator(
+    f"cross_entropy(Tensor logits, Tensor targets, {CrossEntropyOptions.schema()}) "
+    "-> (Tensor, Tensor)",
     CrossEntropyOptions,
-)
-class cross_entropy_backward_operator:
+)(_CrossEntropyOperator)
+
+
+class _CrossEntropyBackwardOperator:
     """The gradient of the logits [T, V] from that of every row's loss, d_loss [T]."""
 
     @staticmethod
@@ -260,12 +257,14 @@ class cross_entropy_backward_operator:
         return gradient.to(logits.dtype).contiguous()
 
 
-@operator(
-    "cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor factor, "
+cross_entropy_backward_operator = operator(
+    "cross_entropy_backward(Tensor d_loss, Tensor logits, Tensor targets, Tensor lse, "
     f"{CrossEntropyOptions.schema()}) -> Tensor",
     CrossEntropyOptions,
-)
-class cross_entropy_in_place_operator:
+)(_CrossEntropyBackwardOperator)
+
+
+class _CrossEntropyInPlaceOperator:
     """The loss of every row [T]; the gradient of factor [1] times their sum replaces the logits."""
 
     @staticmethod
@@ -290,8 +289,14 @@ class cross_entropy_in_place_operator:
         return logits.new_empty(logits.shape[:1], dtype=wide(logits.dtype))
 
 
-@operator("scale_rows_(Tensor(a!) rows, Tensor factor, int num_sms) -> ()")
-class scale_rows_operator:
+cross_entropy_in_place_operator = operator(
+    "cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor factor, "
+    f"{CrossEntropyOptions.schema()}) -> Tensor",
+    CrossEntropyOptions,
+)(_CrossEntropyInPlaceOperator)
+
+
+class _ScaleRowsOperator:
     """rows [T, V] times factor [1]."""
 
     @staticmethod
@@ -304,3 +309,8 @@ class scale_rows_operator:
         from ..triton_kernels.elementwise import cross_entropy as kernels
 
         kernels.scale_rows(rows, factor, num_sms=sm_count(rows, num_sms))
+
+
+scale_rows_operator = operator("scale_rows_(Tensor(a!) rows, Tensor factor, int num_sms) -> ()")(
+    _ScaleRowsOperator
+)

@@ -34,13 +34,7 @@ def dgrad(dout, dout_scale, saved: MLPSaved, options: GroupedOptions) -> tuple[t
 # ---- Operators ----
 
 
-@operator(
-    "grouped_mlp_forward(Tensor rows, Tensor row_weight, Tensor w13, Tensor w2, "
-    f"Tensor expert_offsets, bool save, {GroupedOptions.schema()}=False) "
-    "-> (Tensor, Tensor, Tensor)",
-    GroupedOptions,
-)
-class forward_operator:
+class _ForwardOperator:
     """out [R, H], act [R, I] and gate_up [R, 2I], or [0, 2I] unless `save`."""
 
     @staticmethod
@@ -79,16 +73,19 @@ class forward_operator:
         return gradients(ctx, dout, _input_gradients, ctx.needs_input_grad[2:4])
 
 
+forward_operator = operator(
+    "grouped_mlp_forward(Tensor rows, Tensor row_weight, Tensor w13, Tensor w2, "
+    f"Tensor expert_offsets, bool save, {GroupedOptions.schema()}=False) "
+    "-> (Tensor, Tensor, Tensor)",
+    GroupedOptions,
+)(_ForwardOperator)
+
+
 def _input_gradients(dout, row_weight, w13, w2, expert_offsets, act, gate_up, options):
     return *dgrad_operator(dout, gate_up, row_weight, w13, w2, expert_offsets, options), act
 
 
-@operator(
-    "grouped_mlp_dgrad(Tensor dout, Tensor gate_up, Tensor row_weight, Tensor w13, Tensor w2, "
-    f"Tensor expert_offsets, {GroupedOptions.schema()}=False) -> (Tensor, Tensor, Tensor)",
-    GroupedOptions,
-)
-class dgrad_operator:
+class _DgradOperator:
     """drows [R, H], drow_weight [R] and d_gate_up [R, 2I]."""
 
     @staticmethod
@@ -117,3 +114,10 @@ class dgrad_operator:
     @staticmethod
     def fake(dout, gate_up, row_weight, w13, w2, expert_offsets, options):
         return dout.new_empty(dout.shape), torch.empty_like(row_weight), torch.empty_like(gate_up)
+
+
+dgrad_operator = operator(
+    "grouped_mlp_dgrad(Tensor dout, Tensor gate_up, Tensor row_weight, Tensor w13, Tensor w2, "
+    f"Tensor expert_offsets, {GroupedOptions.schema()}=False) -> (Tensor, Tensor, Tensor)",
+    GroupedOptions,
+)(_DgradOperator)

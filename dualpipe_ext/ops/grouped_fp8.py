@@ -181,13 +181,7 @@ def _fp8_rows(rows, scale, expert_offsets, sms: int) -> tuple[torch.Tensor, torc
     return quantize_rows(rows, expert_offsets, num_sms=sms)
 
 
-@operator(
-    "grouped_fp8_forward(Tensor rows, Tensor? row_scale, Tensor row_weight, Tensor w13, Tensor w2, "
-    "Tensor q13, Tensor t13, Tensor s13, Tensor q2, Tensor t2, Tensor s2, Tensor expert_offsets, "
-    f"bool save, {GroupedOptions.schema()}) -> (Tensor, Tensor)",
-    GroupedOptions,
-)
-class forward_operator:
+class _ForwardOperator:
     """out [R, H] and gate_up [R, 2I], or [0, 2I] unless `save`."""
 
     @staticmethod
@@ -237,6 +231,14 @@ class forward_operator:
         return drows, None, *rest
 
 
+forward_operator = operator(
+    "grouped_fp8_forward(Tensor rows, Tensor? row_scale, Tensor row_weight, Tensor w13, Tensor w2, "
+    "Tensor q13, Tensor t13, Tensor s13, Tensor q2, Tensor t2, Tensor s2, Tensor expert_offsets, "
+    f"bool save, {GroupedOptions.schema()}) -> (Tensor, Tensor)",
+    GroupedOptions,
+)(_ForwardOperator)
+
+
 def _input_gradients(
     dout, row_weight, w13, w2, expert_offsets, t13, s13, t2, s2, gate_up, options
 ) -> tuple[torch.Tensor, ...]:
@@ -244,12 +246,7 @@ def _input_gradients(
     return dgrad_operator(*tensors, options.num_sms, options.implementation)
 
 
-@operator(
-    "grouped_fp8_dgrad(Tensor dout, Tensor? dout_scale, Tensor gate_up, Tensor row_weight, "
-    "Tensor t13, Tensor s13, Tensor t2, Tensor s2, Tensor expert_offsets, "
-    "int num_sms, str implementation) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-class dgrad_operator:
+class _DgradOperator:
     """drows [R, H], drow_weight [R], d_gate_up [R, 2I] and act [R, I]."""
 
     @staticmethod
@@ -287,3 +284,10 @@ class dgrad_operator:
         act = gate_up.new_empty(len(dout), gate_up.shape[1] // 2)
         drows = gate_up.new_empty(dout.shape)
         return drows, torch.empty_like(row_weight), torch.empty_like(gate_up), act
+
+
+dgrad_operator = operator(
+    "grouped_fp8_dgrad(Tensor dout, Tensor? dout_scale, Tensor gate_up, Tensor row_weight, "
+    "Tensor t13, Tensor s13, Tensor t2, Tensor s2, Tensor expert_offsets, "
+    "int num_sms, str implementation) -> (Tensor, Tensor, Tensor, Tensor)"
+)(_DgradOperator)

@@ -20,10 +20,10 @@ import torch
 
 from . import grouped_bf16, grouped_fp8
 from .fp8 import dequantize_rows
-from .grouped_options import IMPLEMENTATIONS, GroupedOptions
+from .grouped_options import GroupedOptions
 from .grouped_saved import MLPSaved
 from .grouped_wgrad import weight_gradient
-from .operator import check_num_sms, wide
+from .operator import check_implementation, check_num_sms, wide
 
 __all__ = ["MLPSaved", "grouped_mlp", "mlp_dgrad", "mlp_forward", "mlp_wgrad"]
 
@@ -207,8 +207,7 @@ def _check(rows, row_weight, w13, w2, expert_offsets, num_sms, implementation) -
             raise ValueError(f"{name}={value} is not a positive multiple of 8: {remedy}")
     _check_tensors(rows, row_weight, w13, w2, expert_offsets, R, L)
     check_num_sms(num_sms)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: pass one of {IMPLEMENTATIONS}")
+    check_implementation(implementation)
 
 
 def _check_tensors(rows, row_weight, w13, w2, expert_offsets, R, L) -> None:

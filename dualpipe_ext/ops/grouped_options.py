@@ -9,9 +9,7 @@ import torch
 
 from .operator import Options, device_facts, has_triton
 
-__all__ = ["IMPLEMENTATIONS", "GroupedOptions", "runs_triton"]
-
-IMPLEMENTATIONS = ("auto", "triton", "reference")
+__all__ = ["GroupedOptions", "runs_triton"]
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,7 @@ def _empty_gradient(y, x, expert_offsets) -> torch.Tensor:
 _INPUTS = f"Tensor y, Tensor x, Tensor expert_offsets, {GroupedOptions.schema()}=False"
 
 
-@operator(f"grouped_wgrad({_INPUTS}) -> Tensor", GroupedOptions)
-class wgrad_operator:
+class _WgradOperator:
     """dw."""
 
     @staticmethod
@@ -91,10 +90,17 @@ class wgrad_operator:
         return _empty_gradient(y, x, expert_offsets)
 
 
-@operator(f"grouped_wgrad_(Tensor(a!) total, {_INPUTS}) -> ()", GroupedOptions)
-class wgrad_add_operator:
+wgrad_operator = operator(f"grouped_wgrad({_INPUTS}) -> Tensor", GroupedOptions)(_WgradOperator)
+
+
+class _WgradAddOperator:
     """Adds dw to total."""
 
     @staticmethod
     def forward(total, y, x, expert_offsets, options):
         _write(total, y, x, expert_offsets, options, accumulate=True)
+
+
+wgrad_add_operator = operator(f"grouped_wgrad_(Tensor(a!) total, {_INPUTS}) -> ()", GroupedOptions)(
+    _WgradAddOperator
+)

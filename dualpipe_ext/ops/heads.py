@@ -97,10 +97,7 @@ def _check_heads(name: str, x: Tensor) -> None:
 _FORWARD, _BACKWARD = RotaryOptions(), RotaryOptions(inverse=True)
 
 
-@operator(
-    "split_heads(Tensor qkv, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor, Tensor)"
-)
-class split_heads_operator:
+class _SplitHeadsOperator:
     """q [B, S, N, D], turned, k [B, S, G, D], turned, and v of qkv [B, S, N + 2G, D]."""
 
     @staticmethod
@@ -132,8 +129,12 @@ class split_heads_operator:
         return (join_heads_operator(dq, dk, dv, *ctx.saved_tensors),)
 
 
-@operator("join_heads(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor")
-class join_heads_operator:
+split_heads_operator = operator(
+    "split_heads(Tensor qkv, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor, Tensor)"
+)(_SplitHeadsOperator)
+
+
+class _JoinHeadsOperator:
     """The gradient of split_heads' qkv."""
 
     @staticmethod
@@ -151,8 +152,12 @@ class join_heads_operator:
         return dq.new_empty(B, S, N + 2 * dk.shape[2], D)
 
 
-@operator("turn_tail(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor")
-class turn_tail_operator:
+join_heads_operator = operator(
+    "join_heads(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor"
+)(_JoinHeadsOperator)
+
+
+class _TurnTailOperator:
     """x [B, S, N, D] with the last numbers of its heads turned, as many as the tables are for."""
 
     @staticmethod
@@ -174,3 +179,8 @@ class turn_tail_operator:
     @staticmethod
     def backward(ctx, dy):
         return (turn_tail_operator(dy, *ctx.saved_tensors, True),)
+
+
+turn_tail_operator = operator(
+    "turn_tail(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor"
+)(_TurnTailOperator)

@@ -79,11 +79,7 @@ def _rows(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(1) == 1 else x.contiguous()
 
 
-@operator(
-    "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, int num_sms) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-class norm_operator:
+class _NormOperator:
     """normed [T, H]; x + residual [T, H], or [0] without a residual; 1 / root mean square [T]."""
 
     @staticmethod
@@ -133,11 +129,13 @@ class norm_operator:
         return dx, dx if ctx.has_residual else None, d_weight
 
 
-@operator(
-    "rms_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor weight, "
-    "Tensor rstd, int num_sms) -> (Tensor, Tensor)"
-)
-class norm_backward_operator:
+norm_operator = operator(
+    "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, int num_sms) "
+    "-> (Tensor, Tensor, Tensor)"
+)(_NormOperator)
+
+
+class _NormBackwardOperator:
     """Gradients of hidden, what was normalised, [T, H], with d_hidden added, and of weight [H]."""
 
     @staticmethod
@@ -167,3 +165,9 @@ class norm_backward_operator:
         if d_hidden is not None:
             dx = dx + d_hidden.to(math)
         return dx.to(hidden.dtype).contiguous(), d_weight.to(weight.dtype)
+
+
+norm_backward_operator = operator(
+    "rms_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor weight, "
+    "Tensor rstd, int num_sms) -> (Tensor, Tensor)"
+)(_NormBackwardOperator)

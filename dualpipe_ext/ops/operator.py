@@ -26,6 +26,7 @@ __all__ = [
     "Options",
     "aligned",
     "autocast_off",
+    "check_implementation",
     "check_num_sms",
     "check_tma_address",
     "device_facts",
@@ -45,6 +46,7 @@ __all__ = [
 
 _NOTHING = nullcontext()
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 # Library.define and impl cost about 1 us a call, torch.library.custom_op tens.
 _library = torch.library.Library("dualpipe_ext", "FRAGMENT")
@@ -102,15 +104,15 @@ class Operator:
     """
 
     def __init__(self, schema: str, definition: type, options: type[Options] | None) -> None:
-        _library.define(schema)
-        name = schema.partition("(")[0]
         self.__doc__ = definition.__doc__
         self.plain = getattr(definition, "plain", None)
         self.fake = _fake_of(schema, definition)
+        _library.define(schema)
+        name = schema.partition("(")[0]
         self._operator = getattr(torch.ops.dualpipe_ext, name)
         self._options = options
-        self._num_scalars, _ = compat.written_arguments(self._operator.default)
-        self._num_inputs = self._num_scalars
+        self._num_arguments, _ = compat.written_arguments(self._operator.default)
+        self._num_inputs = self._num_arguments
         if options is not None:  # one value in the place of its scalars
             self._num_inputs += 1 - len(dataclasses.fields(options))
         self._implementation = without_missing_kernels(definition.forward)
@@ -157,7 +159,7 @@ class Operator:
         self._function = type(name, (torch.autograd.Function,), methods)
         torch.library.register_autograd(
             f"dualpipe_ext::{name}",
-            _once(definition.backward, self._num_scalars),
+            _once(definition.backward, self._num_arguments),
             setup_context=setup_context,
             lib=_library,
         )
@@ -385,6 +387,11 @@ def check_num_sms(num_sms: int | None) -> int:
     if num_sms is not None and (not isinstance(num_sms, int) or num_sms < 1):
         raise ValueError(f"num_sms={num_sms!r}: pass an int of at least 1, or None for all SMs")
     return num_sms or 0
+
+
+def check_implementation(implementation: str) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: pass one of {IMPLEMENTATIONS}")
 
 
 def without_autocast(function: Callable) -> Callable:

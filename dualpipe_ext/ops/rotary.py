@@ -217,8 +217,7 @@ def rotate_into(x, cos, sin, positions, options: RotaryOptions, y) -> None:
 _TABLES = "Tensor cos, Tensor sin, Tensor? positions"
 
 
-@operator(f"rotary(Tensor x, {_TABLES}, {RotaryOptions.schema()}) -> Tensor", RotaryOptions)
-class rotary_operator:
+class _RotaryOperator:
     """x [B, S, N, D] turned."""
 
     @staticmethod
@@ -241,10 +240,19 @@ class rotary_operator:
         return (rotary_operator(dy, *ctx.saved_tensors, ctx.options.inverted()),)
 
 
-@operator(f"rotary_(Tensor(a!) x, {_TABLES}, {RotaryOptions.schema()}) -> ()", RotaryOptions)
-class rotary_in_place_operator:
+rotary_operator = operator(
+    f"rotary(Tensor x, {_TABLES}, {RotaryOptions.schema()}) -> Tensor", RotaryOptions
+)(_RotaryOperator)
+
+
+class _RotaryInPlaceOperator:
     """x [B, S, N, D] turned where it is."""
 
     @staticmethod
     def forward(x, cos, sin, positions, options):
         rotate_into(x, cos, sin, positions, options, x)
+
+
+rotary_in_place_operator = operator(
+    f"rotary_(Tensor(a!) x, {_TABLES}, {RotaryOptions.schema()}) -> ()", RotaryOptions
+)(_RotaryInPlaceOperator)

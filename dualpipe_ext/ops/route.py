@@ -216,12 +216,7 @@ def _part(x: Tensor) -> torch.dtype:
 # ---- Operators ----
 
 
-@operator(
-    f"route(Tensor x, Tensor weight, Tensor? bias, {RouteOptions.schema()}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    RouteOptions,
-)
-class route_operator:
+class _RouteOperator:
     """topk_weight and probability_sum, which are differentiable; topk_idx, tokens_per_expert and
     the logits [T, E] fp32."""
 
@@ -260,12 +255,14 @@ class route_operator:
         return dx, d_weight.to(weight.dtype)
 
 
-@operator(
-    "route_backward(Tensor d_topk_weight, Tensor d_probability_sum, Tensor x, Tensor weight, "
-    f"Tensor logits, Tensor topk_idx, {RouteBackwardOptions.schema()}) -> (Tensor, Tensor)",
-    RouteBackwardOptions,
-)
-class route_backward_operator:
+route_operator = operator(
+    f"route(Tensor x, Tensor weight, Tensor? bias, {RouteOptions.schema()}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    RouteOptions,
+)(_RouteOperator)
+
+
+class _RouteBackwardOperator:
     """dx, and d_weight in fp32."""
 
     @staticmethod
@@ -296,3 +293,10 @@ class route_backward_operator:
         )
 
     plain = staticmethod(without_autocast(_route_backward))
+
+
+route_backward_operator = operator(
+    "route_backward(Tensor d_topk_weight, Tensor d_probability_sum, Tensor x, Tensor weight, "
+    f"Tensor logits, Tensor topk_idx, {RouteBackwardOptions.schema()}) -> (Tensor, Tensor)",
+    RouteBackwardOptions,
+)(_RouteBackwardOperator)

@@ -57,8 +57,7 @@ def _swiglu_kernels(gate_up: Tensor):
     return swiglu
 
 
-@operator("swiglu(Tensor gate_up, int num_sms) -> Tensor")
-class swiglu_operator:
+class _SwigluOperator:
     """silu(gate) * up [T, D] of gate_up [T, 2D]."""
 
     @staticmethod
@@ -85,8 +84,10 @@ class swiglu_operator:
         return (swiglu_backward_operator(dy, *ctx.saved_tensors, ctx.num_sms),)
 
 
-@operator("swiglu_backward(Tensor dy, Tensor gate_up, int num_sms) -> Tensor")
-class swiglu_backward_operator:
+swiglu_operator = operator("swiglu(Tensor gate_up, int num_sms) -> Tensor")(_SwigluOperator)
+
+
+class _SwigluBackwardOperator:
     """The gradient of gate_up [T, 2D] from that of the activation, dy [T, D]."""
 
     @staticmethod
@@ -106,3 +107,8 @@ class swiglu_backward_operator:
         s = gate.sigmoid()
         d_gate, d_up = dy * up * (s + gate * s * (1 - s)), dy * gate * s
         return torch.cat((d_gate, d_up), dim=1).to(gate_up.dtype).contiguous()
+
+
+swiglu_backward_operator = operator(
+    "swiglu_backward(Tensor dy, Tensor gate_up, int num_sms) -> Tensor"
+)(_SwigluBackwardOperator)

@@ -1,7 +1,10 @@
 """What holds for every operator: derivatives that are missing raise, autocast and checkpoints
 change nothing, whoever looks on sees operators, and a block of them compiles into one graph."""
 
+from __future__ import annotations
+
 import copy
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -81,7 +84,7 @@ def test_a_second_derivative_of_an_operator_raises():
         (y + gradient.square().sum()).backward()
 
 
-OPERATORS = sorted(set(CALLS) - {"cross_entropy", "fp8", "residual"})
+OPERATORS = sorted(set(CALLS) - {"residual"})
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -203,6 +206,29 @@ def test_cross_entropy_in_place_counts_as_a_write(monkeypatch):
 
 
 # ---- Registrations ----
+
+
+@dataclass(frozen=True)
+class Scale(operators.Options):
+    """Of an operator that is defined below."""
+
+    factor: float
+    inverse: bool = False
+
+
+def test_options_are_scalars_in_the_schemas_order():
+    assert Scale.schema() == "float factor, bool inverse"
+    assert Scale(2.0).scalars() == [2.0, False] and Scale(*Scale(3.0, True).scalars()).inverse
+
+
+def test_an_operator_with_outputs_says_how_they_look():
+    class Doubled:
+        def forward(x):
+            return 2 * x
+
+    with pytest.raises(TypeError, match="Doubled has outputs and neither plain nor fake"):
+        operators.operator("doubled(Tensor x) -> Tensor")(Doubled)
+    assert not hasattr(torch.ops.dualpipe_ext, "doubled")
 
 
 def test_every_operator_is_checked_somewhere():

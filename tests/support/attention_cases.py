@@ -147,14 +147,14 @@ def run_kernels(
     q, k, v, d_out = problem.inputs()
     starts = problem.starts()
     starts = (starts.get("cu_seqlens_q"), starts.get("cu_seqlens_k"))
-    how = (problem.causal, problem.scale, num_sms, deterministic, "triton")
+    options = op.AttentionOptions(problem.causal, problem.scale, num_sms, deterministic, "triton")
     with (
         mock.patch.dict("sys.modules", fakes),
         mock.patch.object(op, "_use_kernels", lambda *arguments: True),
         poisoned_memory(),
     ):
-        out, lse = op._forward(q, k, v, *starts, *how)
-        gradients = op._backward(d_out, q, k, v, out, lse, *starts, *how)
+        out, lse = op.forward_operator(q, k, v, *starts, options)
+        gradients = op.backward_operator(d_out, q, k, v, out, lse, *starts, options)
     return problem.rows_of([out, *gradients])
 
 
