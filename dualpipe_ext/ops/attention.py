@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ..compat import constant_in_graphs
 from .operator import (
+    Operator,
     Options,
     check_implementation,
     check_num_sms,
     device_facts,
     has_gluon,
     is_aligned,
-    operator,
     sm_count,
     wide,
     without_autocast,
@@ -392,11 +392,12 @@ class _ForwardOperator:
         return backward_operator(d_out, *ctx.saved_tensors, ctx.options)
 
 
-forward_operator = operator(
+forward_operator = Operator(
     f"flash_attention_forward(Tensor q, Tensor k, Tensor v, {_STARTS}, "
     f"{AttentionOptions.schema()}) -> (Tensor, Tensor)",
+    _ForwardOperator,
     AttentionOptions,
-)(_ForwardOperator)
+)
 
 
 class _BackwardOperator:
@@ -415,8 +416,9 @@ class _BackwardOperator:
         return tuple(_empty_like(x, x.shape[-1], packed) for x in (q, k, v))
 
 
-backward_operator = operator(
+backward_operator = Operator(
     "flash_attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, "
     f"Tensor lse, {_STARTS}, {AttentionOptions.schema()}) -> (Tensor, Tensor, Tensor)",
+    _BackwardOperator,
     AttentionOptions,
-)(_BackwardOperator)
+)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from .operator import (
+    Operator,
     Options,
     check_num_sms,
     device_facts,
     has_gluon,
     is_aligned,
-    operator,
     sm_count,
     use_triton,
     wide,
@@ -229,11 +229,12 @@ class _CrossEntropyOperator:
         return (cross_entropy_backward_operator(d_loss, *ctx.saved_tensors, ctx.options),)
 
 
-cross_entropy_operator = operator(
+cross_entropy_operator = Operator(
     f"cross_entropy(Tensor logits, Tensor targets, {CrossEntropyOptions.schema()}) "
     "-> (Tensor, Tensor)",
+    _CrossEntropyOperator,
     CrossEntropyOptions,
-)(_CrossEntropyOperator)
+)
 
 
 class _CrossEntropyBackwardOperator:
@@ -257,11 +258,12 @@ class _CrossEntropyBackwardOperator:
         return gradient.to(logits.dtype).contiguous()
 
 
-cross_entropy_backward_operator = operator(
+cross_entropy_backward_operator = Operator(
     "cross_entropy_backward(Tensor d_loss, Tensor logits, Tensor targets, Tensor lse, "
     f"{CrossEntropyOptions.schema()}) -> Tensor",
+    _CrossEntropyBackwardOperator,
     CrossEntropyOptions,
-)(_CrossEntropyBackwardOperator)
+)
 
 
 class _CrossEntropyInPlaceOperator:
@@ -289,11 +291,12 @@ class _CrossEntropyInPlaceOperator:
         return logits.new_empty(logits.shape[:1], dtype=wide(logits.dtype))
 
 
-cross_entropy_in_place_operator = operator(
+cross_entropy_in_place_operator = Operator(
     "cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor factor, "
     f"{CrossEntropyOptions.schema()}) -> Tensor",
+    _CrossEntropyInPlaceOperator,
     CrossEntropyOptions,
-)(_CrossEntropyInPlaceOperator)
+)
 
 
 class _ScaleRowsOperator:
@@ -311,6 +314,7 @@ class _ScaleRowsOperator:
         kernels.scale_rows(rows, factor, num_sms=sm_count(rows, num_sms))
 
 
-scale_rows_operator = operator("scale_rows_(Tensor(a!) rows, Tensor factor, int num_sms) -> ()")(
-    _ScaleRowsOperator
+scale_rows_operator = Operator(
+    "scale_rows_(Tensor(a!) rows, Tensor factor, int num_sms) -> ()",
+    _ScaleRowsOperator,
 )

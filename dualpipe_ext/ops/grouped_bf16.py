@@ -11,7 +11,7 @@ from .grouped_gradient import gradients, keep_forward
 from .grouped_options import GroupedOptions, runs_triton
 from .grouped_reference import reference_dgrad, reference_forward
 from .grouped_saved import MLPSaved
-from .operator import check_tma_address, operator, sm_count
+from .operator import Operator, check_tma_address, sm_count
 
 __all__ = ["dgrad", "forward"]
 
@@ -73,12 +73,13 @@ class _ForwardOperator:
         return gradients(ctx, dout, _input_gradients, ctx.needs_input_grad[2:4])
 
 
-forward_operator = operator(
+forward_operator = Operator(
     "grouped_mlp_forward(Tensor rows, Tensor row_weight, Tensor w13, Tensor w2, "
     f"Tensor expert_offsets, bool save, {GroupedOptions.schema()}=False) "
     "-> (Tensor, Tensor, Tensor)",
+    _ForwardOperator,
     GroupedOptions,
-)(_ForwardOperator)
+)
 
 
 def _input_gradients(dout, row_weight, w13, w2, expert_offsets, act, gate_up, options):
@@ -116,8 +117,9 @@ class _DgradOperator:
         return dout.new_empty(dout.shape), torch.empty_like(row_weight), torch.empty_like(gate_up)
 
 
-dgrad_operator = operator(
+dgrad_operator = Operator(
     "grouped_mlp_dgrad(Tensor dout, Tensor gate_up, Tensor row_weight, Tensor w13, Tensor w2, "
     f"Tensor expert_offsets, {GroupedOptions.schema()}=False) -> (Tensor, Tensor, Tensor)",
+    _DgradOperator,
     GroupedOptions,
-)(_DgradOperator)
+)

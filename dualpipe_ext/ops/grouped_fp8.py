@@ -25,7 +25,7 @@ from .fp8 import BLOCK, E4M3, dequantize_rows, quantize_rows, runs_fp8_kernels
 from .grouped_gradient import gradients, keep_forward
 from .grouped_options import GroupedOptions
 from .grouped_saved import Fp8Saved, MLPSaved
-from .operator import check_tma_address, operator, sm_count, wide, without_autocast
+from .operator import Operator, check_tma_address, sm_count, wide, without_autocast
 
 __all__ = ["check_fp8", "check_scaled", "dgrad", "forward", "is_fp8"]
 
@@ -231,12 +231,13 @@ class _ForwardOperator:
         return drows, None, *rest
 
 
-forward_operator = operator(
+forward_operator = Operator(
     "grouped_fp8_forward(Tensor rows, Tensor? row_scale, Tensor row_weight, Tensor w13, Tensor w2, "
     "Tensor q13, Tensor t13, Tensor s13, Tensor q2, Tensor t2, Tensor s2, Tensor expert_offsets, "
     f"bool save, {GroupedOptions.schema()}) -> (Tensor, Tensor)",
+    _ForwardOperator,
     GroupedOptions,
-)(_ForwardOperator)
+)
 
 
 def _input_gradients(
@@ -286,8 +287,9 @@ class _DgradOperator:
         return drows, torch.empty_like(row_weight), torch.empty_like(gate_up), act
 
 
-dgrad_operator = operator(
+dgrad_operator = Operator(
     "grouped_fp8_dgrad(Tensor dout, Tensor? dout_scale, Tensor gate_up, Tensor row_weight, "
     "Tensor t13, Tensor s13, Tensor t2, Tensor s2, Tensor expert_offsets, "
-    "int num_sms, str implementation) -> (Tensor, Tensor, Tensor, Tensor)"
-)(_DgradOperator)
+    "int num_sms, str implementation) -> (Tensor, Tensor, Tensor, Tensor)",
+    _DgradOperator,
+)

@@ -11,7 +11,7 @@ import torch
 from .grouped_options import GroupedOptions, runs_triton
 from .grouped_reference import reference_wgrad
 from .main_grad import check_main_grad, main_grad_of
-from .operator import check_tma_address, is_aligned, operator, sm_count
+from .operator import Operator, check_tma_address, is_aligned, sm_count
 
 __all__ = ["weight_gradient", "wgrad_add_operator", "wgrad_operator"]
 
@@ -90,7 +90,11 @@ class _WgradOperator:
         return _empty_gradient(y, x, expert_offsets)
 
 
-wgrad_operator = operator(f"grouped_wgrad({_INPUTS}) -> Tensor", GroupedOptions)(_WgradOperator)
+wgrad_operator = Operator(
+    f"grouped_wgrad({_INPUTS}) -> Tensor",
+    _WgradOperator,
+    GroupedOptions,
+)
 
 
 class _WgradAddOperator:
@@ -101,6 +105,8 @@ class _WgradAddOperator:
         _write(total, y, x, expert_offsets, options, accumulate=True)
 
 
-wgrad_add_operator = operator(f"grouped_wgrad_(Tensor(a!) total, {_INPUTS}) -> ()", GroupedOptions)(
-    _WgradAddOperator
+wgrad_add_operator = Operator(
+    f"grouped_wgrad_(Tensor(a!) total, {_INPUTS}) -> ()",
+    _WgradAddOperator,
+    GroupedOptions,
 )

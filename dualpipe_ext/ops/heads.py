@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .operator import is_capturing, is_observed, operator
+from .operator import Operator, is_capturing, is_observed
 from .rotary import RotaryOptions, rotary_tables, rotate_into
 
 __all__ = ["split_heads", "tables", "turn_tail"]
@@ -129,9 +129,10 @@ class _SplitHeadsOperator:
         return (join_heads_operator(dq, dk, dv, *ctx.saved_tensors),)
 
 
-split_heads_operator = operator(
-    "split_heads(Tensor qkv, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor, Tensor)"
-)(_SplitHeadsOperator)
+split_heads_operator = Operator(
+    "split_heads(Tensor qkv, Tensor cos, Tensor sin, int kv_heads) -> (Tensor, Tensor, Tensor)",
+    _SplitHeadsOperator,
+)
 
 
 class _JoinHeadsOperator:
@@ -152,9 +153,10 @@ class _JoinHeadsOperator:
         return dq.new_empty(B, S, N + 2 * dk.shape[2], D)
 
 
-join_heads_operator = operator(
-    "join_heads(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor"
-)(_JoinHeadsOperator)
+join_heads_operator = Operator(
+    "join_heads(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor",
+    _JoinHeadsOperator,
+)
 
 
 class _TurnTailOperator:
@@ -181,6 +183,7 @@ class _TurnTailOperator:
         return (turn_tail_operator(dy, *ctx.saved_tensors, True),)
 
 
-turn_tail_operator = operator(
-    "turn_tail(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor"
-)(_TurnTailOperator)
+turn_tail_operator = Operator(
+    "turn_tail(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
+    _TurnTailOperator,
+)

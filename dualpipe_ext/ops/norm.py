@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .operator import check_num_sms, operator, sm_count, use_triton, wide
+from .operator import Operator, check_num_sms, sm_count, use_triton, wide
 
 __all__ = ["norm_backward_operator", "norm_operator", "rms_norm"]
 
@@ -129,10 +129,11 @@ class _NormOperator:
         return dx, dx if ctx.has_residual else None, d_weight
 
 
-norm_operator = operator(
+norm_operator = Operator(
     "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, int num_sms) "
-    "-> (Tensor, Tensor, Tensor)"
-)(_NormOperator)
+    "-> (Tensor, Tensor, Tensor)",
+    _NormOperator,
+)
 
 
 class _NormBackwardOperator:
@@ -167,7 +168,8 @@ class _NormBackwardOperator:
         return dx.to(hidden.dtype).contiguous(), d_weight.to(weight.dtype)
 
 
-norm_backward_operator = operator(
+norm_backward_operator = Operator(
     "rms_norm_backward(Tensor d_normed, Tensor? d_hidden, Tensor hidden, Tensor weight, "
-    "Tensor rstd, int num_sms) -> (Tensor, Tensor)"
-)(_NormBackwardOperator)
+    "Tensor rstd, int num_sms) -> (Tensor, Tensor)",
+    _NormBackwardOperator,
+)

@@ -2,7 +2,7 @@
 
 An operator is a torch.library op with a fake implementation, so that torch.compile sees through it,
 and has two implementations of one meaning: Triton on a GPU, plain torch anywhere. It is written as
-one class, which `operator` registers.
+one class, which `Operator` registers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -35,7 +36,6 @@ __all__ = [
     "is_aligned",
     "is_capturing",
     "is_observed",
-    "operator",
     "sm_count",
     "triton_obstacle",
     "use_triton",
@@ -59,23 +59,31 @@ class Options:
     """
 
     __slots__ = ()
+    __match_args__: tuple[str, ...]  # every dataclass has them
 
     @classmethod
     def schema(cls) -> str:
         """The fields as a schema writes them: "int num_sms, str implementation"."""
-        return ", ".join(f"{field.type} {field.name}" for field in dataclasses.fields(cls))
+        return ", ".join(f"{field.type} {field.name}" for field in _fields(cls))
 
     def scalars(self) -> list:
         """The values in the schema's order, from which the class makes the options again."""
         return [getattr(self, name) for name in self.__match_args__]
 
 
-def operator(schema: str, options: type[Options] | None = None) -> Callable[[type], Operator]:
-    """Registers a class as ``dualpipe_ext::<schema>`` for CPU and CUDA, and makes it the `Operator`
-    that Python calls.
+def _fields(options: Any) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(options)
 
-    Its functions are static and take the schema's arguments, but for the fields of ``options``,
-    with which a schema ends: these come as one value.
+
+class Operator:
+    """``dualpipe_ext::<schema>`` for CPU and CUDA, registered, for calls from Python.
+
+    Where nothing needs to see it as an operator (torch.compile, a dispatch mode, a tensor subclass)
+    the implementation runs at once, or as an autograd.Function: torch.library's Python wrapper and
+    two trips through the dispatcher cost more of the host's time than most of these kernels take.
+
+    The functions of ``definition``, a class, are static and take the schema's arguments, but for
+    the fields of ``options``, with which a schema ends: these come as one value.
 
         forward(*inputs)           the outputs, by kernels where they take the tensors
         plain(*inputs)             optional: the same meaning in plain torch. On fake tensors it
@@ -84,29 +92,15 @@ def operator(schema: str, options: type[Options] | None = None) -> Callable[[typ
                                    to them; neither is needed by a schema that ends in "-> ()"
         save(ctx, inputs, output)  with ``backward``: what that needs of a forward
         backward(ctx, *gradients)  the gradients of the first inputs, a tuple; the others have none.
-                                   A gradient is None for an output that nobody used or that has
+                                   A gradient is None for an output that was not used or that has
                                    none. It cannot be differentiated in turn: that raises
                                    RuntimeError
     """
 
-    def register(definition: type) -> Operator:
-        return Operator(schema, definition, options)
-
-    return register
-
-
-class Operator:
-    """A registered operator, for calls from Python.
-
-    Where nobody needs to see it as an operator (torch.compile, a dispatch mode, a tensor subclass)
-    the implementation runs at once, or as an autograd.Function: torch.library's Python wrapper and
-    two trips through the dispatcher cost more of the host's time than most of these kernels take.
-    """
-
-    def __init__(self, schema: str, definition: type, options: type[Options] | None) -> None:
+    def __init__(self, schema: str, definition: Any, options: type[Options] | None = None) -> None:
         self.__doc__ = definition.__doc__
-        self.plain = getattr(definition, "plain", None)
-        self.fake = _fake_of(schema, definition)
+        self.plain: Any = getattr(definition, "plain", None)
+        self.fake: Callable = _fake_of(schema, definition)
         _library.define(schema)
         name = schema.partition("(")[0]
         self._operator = getattr(torch.ops.dualpipe_ext, name)
@@ -114,7 +108,7 @@ class Operator:
         self._num_arguments, _ = compat.written_arguments(self._operator.default)
         self._num_inputs = self._num_arguments
         if options is not None:  # one value in the place of its scalars
-            self._num_inputs += 1 - len(dataclasses.fields(options))
+            self._num_inputs += 1 - len(_fields(options))
         self._implementation = without_missing_kernels(definition.forward)
         for key in ("CPU", "CUDA"):
             _library.impl(name, self._of_scalars(self._implementation), key)
@@ -136,7 +130,7 @@ class Operator:
 
         return run
 
-    def _register_gradient(self, name: str, definition: type) -> None:
+    def _register_gradient(self, name: str, definition: Any) -> None:
         implementation, save = self._implementation, definition.save
         options, first = self._options, self._num_inputs - 1
 
@@ -193,7 +187,7 @@ class Operator:
                 )
 
 
-def _fake_of(schema: str, definition: type) -> Callable:
+def _fake_of(schema: str, definition: Any) -> Callable:
     if hasattr(definition, "fake"):
         return definition.fake
     if schema.endswith("-> ()"):

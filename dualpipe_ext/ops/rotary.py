@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .operator import (
+    Operator,
     Options,
     check_num_sms,
-    operator,
     sm_count,
     use_triton,
     wide,
@@ -240,9 +240,11 @@ class _RotaryOperator:
         return (rotary_operator(dy, *ctx.saved_tensors, ctx.options.inverted()),)
 
 
-rotary_operator = operator(
-    f"rotary(Tensor x, {_TABLES}, {RotaryOptions.schema()}) -> Tensor", RotaryOptions
-)(_RotaryOperator)
+rotary_operator = Operator(
+    f"rotary(Tensor x, {_TABLES}, {RotaryOptions.schema()}) -> Tensor",
+    _RotaryOperator,
+    RotaryOptions,
+)
 
 
 class _RotaryInPlaceOperator:
@@ -253,6 +255,8 @@ class _RotaryInPlaceOperator:
         rotate_into(x, cos, sin, positions, options, x)
 
 
-rotary_in_place_operator = operator(
-    f"rotary_(Tensor(a!) x, {_TABLES}, {RotaryOptions.schema()}) -> ()", RotaryOptions
-)(_RotaryInPlaceOperator)
+rotary_in_place_operator = Operator(
+    f"rotary_(Tensor(a!) x, {_TABLES}, {RotaryOptions.schema()}) -> ()",
+    _RotaryInPlaceOperator,
+    RotaryOptions,
+)

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from ..compat import constant_in_graphs
 from .operator import (
+    Operator,
     Options,
     aligned,
     check_num_sms,
     has_gluon,
-    operator,
     sm_count,
     use_triton,
     without_autocast,
@@ -255,11 +255,12 @@ class _RouteOperator:
         return dx, d_weight.to(weight.dtype)
 
 
-route_operator = operator(
+route_operator = Operator(
     f"route(Tensor x, Tensor weight, Tensor? bias, {RouteOptions.schema()}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _RouteOperator,
     RouteOptions,
-)(_RouteOperator)
+)
 
 
 class _RouteBackwardOperator:
@@ -295,8 +296,9 @@ class _RouteBackwardOperator:
     plain = staticmethod(without_autocast(_route_backward))
 
 
-route_backward_operator = operator(
+route_backward_operator = Operator(
     "route_backward(Tensor d_topk_weight, Tensor d_probability_sum, Tensor x, Tensor weight, "
     f"Tensor logits, Tensor topk_idx, {RouteBackwardOptions.schema()}) -> (Tensor, Tensor)",
+    _RouteBackwardOperator,
     RouteBackwardOptions,
-)(_RouteBackwardOperator)
+)

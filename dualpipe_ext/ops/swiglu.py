@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .operator import check_num_sms, device_facts, operator, sm_count, use_triton, wide
+from .operator import Operator, check_num_sms, device_facts, sm_count, use_triton, wide
 
 __all__ = ["swiglu", "swiglu_backward_operator", "swiglu_operator"]
 
@@ -84,7 +84,10 @@ class _SwigluOperator:
         return (swiglu_backward_operator(dy, *ctx.saved_tensors, ctx.num_sms),)
 
 
-swiglu_operator = operator("swiglu(Tensor gate_up, int num_sms) -> Tensor")(_SwigluOperator)
+swiglu_operator = Operator(
+    "swiglu(Tensor gate_up, int num_sms) -> Tensor",
+    _SwigluOperator,
+)
 
 
 class _SwigluBackwardOperator:
@@ -109,6 +112,7 @@ class _SwigluBackwardOperator:
         return torch.cat((d_gate, d_up), dim=1).to(gate_up.dtype).contiguous()
 
 
-swiglu_backward_operator = operator(
-    "swiglu_backward(Tensor dy, Tensor gate_up, int num_sms) -> Tensor"
-)(_SwigluBackwardOperator)
+swiglu_backward_operator = Operator(
+    "swiglu_backward(Tensor dy, Tensor gate_up, int num_sms) -> Tensor",
+    _SwigluBackwardOperator,
+)
