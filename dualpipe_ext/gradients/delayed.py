@@ -118,7 +118,7 @@ def accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | 
 
     A parameter with an fp32 `main_grad` gets it there and no hooks run (Megatron's convention).
     """
-    leaves, found = [], []
+    leaves, leaf_gradients = [], []
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None or not parameter.requires_grad:
             continue
@@ -127,9 +127,9 @@ def accumulate(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | 
             main_grad.add_(gradient)
         else:
             leaves.append(parameter)
-            found.append(gradient.to(parameter.dtype))
+            leaf_gradients.append(gradient.to(parameter.dtype))
     if leaves:
-        run_backward(leaves, found)
+        run_backward(leaves, leaf_gradients)
 
 
 def run_backward(
@@ -227,7 +227,7 @@ def delay_linears(module: nn.Module) -> nn.Module:
 
     Parameters, names and results stay. A subclass of nn.Linear keeps its own forward, untouched.
     """
-    for found in module.modules():
-        if type(found) is nn.Linear:
-            found.__class__ = DelayedLinear
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = DelayedLinear
     return module

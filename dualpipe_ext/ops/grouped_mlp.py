@@ -71,8 +71,8 @@ def grouped_mlp(
     if grouped_fp8.is_fp8(precision):
         grouped_fp8.check_fp8(rows, None, w13, w2)
         products = grouped_fp8
-    save = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (rows, row_weight, w13, w2)
+    save = torch.is_grad_enabled() and (
+        rows.requires_grad or row_weight.requires_grad or w13.requires_grad or w2.requires_grad
     )
     options = GroupedOptions(num_sms or 0, implementation, take_over)
     return products.forward(rows, None, row_weight, w13, w2, expert_offsets, save, options)[0]
