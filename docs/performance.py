@@ -112,8 +112,9 @@ def figures() -> str:
     hardware = data["gpu"].replace("x ", "× ")
     lines = [
         f"- **Exchange on 16 of 132 SMs**: dispatch {us['dispatch_unique', 16]} µs, combine "
-        f"{us['combine_unique', 16]} µs; a bare push of the same rows takes {us['ceiling', 16]} µs, "
-        f"NCCL's all-to-all {us['nccl', None]} µs. With rows sorted by expert and summed: "
+        f"{us['combine_unique', 16]} µs; a bare push of the same rows takes "
+        f"{us['ceiling', 16]} µs, NCCL's all-to-all {us['nccl', None]} µs. "
+        "With rows sorted by expert and summed: "
         f"{us['dispatch_expanded', 16]} and {us['combine_summed', 16]} µs.",
         f"- **Overlapped pair**: {gains} faster than the best run without overlap; "
         f"{hidden} of communication hidden (layer shapes A, B, C).",
