@@ -14,7 +14,7 @@ asked := $(shell command -v $(PYTHON))
 alive := $(shell build/run python -c "" 2>/dev/null && cat build/asked)
 stale := $(if $(filter $(asked),$(alive)),,FORCE)
 
-.PHONY: extension help demo test test-newest lint types format bench info clean distclean FORCE
+.PHONY: extension help demo test test-newest lint types format docs bench info clean distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ format: build/linters ## let ruff and clang-format rewrite the files
 	$(RUN) ruff format .
 	$(RUN) clang-format -i $(SOURCES)
 
+docs: build/documents ## documents and API as a site in build/site (mkdocs, in .venv-docs)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
 bench: extension ## time the exchange over a sweep of comm_sms (needs GPUs)
 	$(RUN) python bench/sm_split.py $(ARGS)
 
@@ -58,14 +61,17 @@ clean: ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info dualpipe_ext/_C*.so dualpipe_ext/_build.json
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-distclean: clean ## remove .venv, .venv-newest and .deps as well
-	rm -rf .venv .venv-newest .deps
+distclean: clean ## remove .venv, .venv-newest, .venv-docs and .deps as well
+	rm -rf .venv .venv-newest .venv-docs .deps
 
 build/run: .ci/prepare $(stale)
 	.ci/prepare python "$(PYTHON)"
 
 build/linters: build/run
 	.ci/prepare linters
+
+build/documents: build/run
+	.ci/prepare docs
 
 # Asked every time, because pip can have built or removed it since: 0.3 s if nothing has changed.
 extension: build/run

@@ -615,7 +615,7 @@ class _Combine(torch.autograd.Function):
 
 
 def _faster_form(comm_sms: int | float) -> str:
-    """Of forward and backward of a layer, by docs/MEASURED.md."""
+    """Of forward and backward of a layer, by docs/measured/exchange.md."""
     most = 0.125 if isinstance(comm_sms, float) else 16
     few = isinstance(comm_sms, (int, float)) and comm_sms <= most
     return "unique" if few else "expert"

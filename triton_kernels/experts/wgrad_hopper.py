@@ -10,7 +10,7 @@ along the wide side: fp32 strips then meet no bank of shared memory twice, where
 swizzled rows of 128 do. Two-byte results are stored as they lie, or rounded and then added.
 
 At E64 T32768 H7168 I2048 the products of W13 take 2.6 ms at full speed, but 7.5 GB of main_grad
-have to be read and written, 3.5 ms of DRAM: docs/MEASURED.md.
+have to be read and written, 3.5 ms of DRAM: docs/measured/experts.md.
 """
 
 from dataclasses import dataclass, replace
