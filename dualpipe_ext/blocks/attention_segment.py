@@ -119,8 +119,8 @@ class AttentionSegment:
         coefficient = self._block.feed_forward.aux_loss_coefficient
         factor = coefficient * router.loss_factor(m.shape[0])
         aux_loss = (probability_sum * count).sum() * factor
-        options = options.of_backward(softmax=router.bias is None)
-        self._routed = (m, weight, logits, topk_idx), options, h, rstd, count, factor
+        backward = options.of_backward(softmax=router.bias is None)
+        self._routed = (m, weight, logits, topk_idx), backward, h, rstd, count, factor
         return topk_weight, aux_loss, topk_idx, count
 
     @torch.no_grad()

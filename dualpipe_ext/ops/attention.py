@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,7 +176,9 @@ def _spans(x: Tensor, starts: Tensor, name: str) -> list[tuple[int, int]]:
     return spans
 
 
-def _heads(q, k, v, lse, starts_q, starts_k, *more) -> Iterator[tuple[Tensor, ...]]:
+def _heads(
+    q, k, v, lse, starts_q, starts_k, *more: tuple[Tensor, str]
+) -> Iterator[tuple[Tensor, ...]]:
     """One query head of one sequence after the other, with its key head: views [S, width].
 
     `more` are pairs (x, "q" or "k") to be cut in the same way.
@@ -184,7 +187,7 @@ def _heads(q, k, v, lse, starts_q, starts_k, *more) -> Iterator[tuple[Tensor, ..
         places = [(b, slice(None), slice(None)) for b in range(q.shape[0])]
     else:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        more = [(x.transpose(0, 1)[None], side) for x, side in more]
+        more = tuple((x.transpose(0, 1)[None], side) for x, side in more)
         lse = lse[None]
         spans = zip(_spans(q[0, 0], starts_q, "cu_seqlens_q"),
                     _spans(k[0, 0], starts_k, "cu_seqlens_k"), strict=True)  # fmt: skip
@@ -305,7 +308,7 @@ def backward_into(
         for x in gradients:
             x.zero_()
     else:
-        rows = [_rows(x, packed) for x in (q, k, v, d_out, out, *gradients)]
+        rows: Any = [_rows(x, packed) for x in (q, k, v, d_out, out, *gradients)]
         for x, written in zip(gradients, rows[5:], strict=True):
             if x.data_ptr() != written.data_ptr():
                 raise ValueError(
@@ -313,7 +316,8 @@ def backward_into(
                     "multiples of 16 bytes and of 8"
                 )
         sms = sm_count(q, options.num_sms)
-        _backward_kernels(*rows, lse, *starts, options, sms)
+        tensors: tuple[Any, ...] = (*rows, lse, cu_seqlens_q, cu_seqlens_k, options, sms)
+        _backward_kernels(*tensors)
         if packed:
             from ..triton_kernels.attention.delta import clear_tail
 
@@ -337,11 +341,11 @@ def _backward_kernels(
     dq_sum = lse.new_empty(count, D) if config.fused else None
     prepare(out, d_out, lse, starts_q, lse_rows, delta, dq_sum, num_sms=sms)
     scratch = (lse_rows, delta)
-    scores = dict(causal=options.causal, scale=options.scale, num_sms=sms)
+    scores: dict[str, Any] = dict(causal=options.causal, scale=options.scale, num_sms=sms)
     attention_backward(
         q, k, v, d_out, *scratch, dk, dv, dq_sum, starts_q, starts_k, config=config, **scores
     )
-    if config.fused:
+    if dq_sum is not None:
         finish_query_gradient(dq_sum, dq, starts_q, scale=options.scale, num_sms=sms)
     else:
         query_gradient(q, k, v, d_out, *scratch, dq, starts_q, starts_k, **scores)
@@ -368,10 +372,10 @@ class _ForwardOperator:
             from ..triton_kernels.attention.forward import attention_forward
 
             sms = sm_count(q, options.num_sms)
-            rows = [_rows(x, packed) for x in (q, k, v, out)]
-            attention_forward(
-                *rows, lse, *starts, causal=options.causal, scale=options.scale, num_sms=sms
-            )
+            rows: Any = [_rows(x, packed) for x in (q, k, v, out)]
+            scores: dict[str, Any] = dict(causal=options.causal, scale=options.scale, num_sms=sms)
+            tensors: tuple[Any, ...] = (*rows, lse, cu_seqlens_q, cu_seqlens_k)
+            attention_forward(*tensors, **scores)
             if packed:
                 clear_tail(out, cu_seqlens_q, num_sms=sms)
         return out, lse

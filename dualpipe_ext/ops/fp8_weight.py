@@ -55,7 +55,7 @@ class _OptimizerSteps:
 register_optimizer_step_post_hook(_OptimizerSteps.add)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
 @torch.no_grad()
 def fp8_weight(weight: torch.Tensor, implementation: str = "auto") -> Fp8Weight:
     """`weight` [L, N, K] rounded to fp8, made once a training step and kept on the weight.
@@ -83,10 +83,12 @@ def fp8_weight(weight: torch.Tensor, implementation: str = "auto") -> Fp8Weight:
             stream = torch.cuda.current_stream(weight.device)
             event = stream.record_event()
         # Whole when another thread sees it.
-        kept = weight._dualpipe_fp8 = _Kept(key, StorageWeakRef(storage), rounded, stream, event)
+        kept = _Kept(key, StorageWeakRef(storage), rounded, stream, event)
+        weight._dualpipe_fp8 = kept  # type: ignore[attr-defined]  # ours, on torch's tensor
     elif kept.stream is not None:
         stream = torch.cuda.current_stream(weight.device)
         if stream != kept.stream:
+            assert kept.event is not None
             stream.wait_event(kept.event)
             for tensor in kept.rounded:
                 tensor.record_stream(stream)
@@ -97,7 +99,7 @@ def forget_fp8(*weights: torch.Tensor) -> None:
     """Drop what `fp8_weight` keeps on these weights: the next forward rounds them anew."""
     for weight in weights:
         if getattr(weight, "_dualpipe_fp8", None) is not None:
-            weight._dualpipe_fp8 = None
+            weight._dualpipe_fp8 = None  # type: ignore[attr-defined]  # as above
 
 
 @without_missing_kernels

@@ -18,6 +18,8 @@ rounds, and multiplies what the rounded numbers stand for.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .expert_order import expert_spans
@@ -87,6 +89,7 @@ def forward(
 
 def dgrad(dout, dout_scale, saved: MLPSaved, options: GroupedOptions) -> tuple[torch.Tensor, ...]:
     """drows, drow_weight, d_gate_up and act."""
+    assert saved.fp8 is not None
     w13, w2 = saved.fp8.w13, saved.fp8.w2
     return dgrad_operator(
         dout,
@@ -203,7 +206,7 @@ class _ForwardOperator:
             check_tma_address(rows=rows)
             sms = sm_count(rows, options.num_sms)
             x = _fp8_rows(rows, row_scale, expert_offsets, sms)
-            launch = {"num_sms": sms, "config": FORWARD}
+            launch: dict[str, Any] = {"num_sms": sms, "config": FORWARD}
             grouped_fp8_gemm(*x, q13, s13, expert_offsets, gate_up, **launch)
             act = swiglu(gate_up, row_weight, expert_offsets, num_sms=sms)
             grouped_fp8_gemm(*act, q2, s2, expert_offsets, out, **launch)
@@ -268,13 +271,16 @@ class _DgradOperator:
 
             check_tma_address(dout=dout)
             sms = sm_count(dout, num_sms)
-            launch = {"num_sms": sms, "config": BACKWARD}
+            launch: dict[str, Any] = {"num_sms": sms, "config": BACKWARD}
             x = _fp8_rows(dout, dout_scale, expert_offsets, sms)
             d_act = torch.empty_like(act)
             grouped_fp8_gemm(*x, t2, s2.transpose(1, 2), expert_offsets, d_act, **launch)
-            tensors = (d_act, gate_up, row_weight, expert_offsets, d_gate_up, act)
-            *x, drow_weight = swiglu_backward(*tensors, num_sms=sms)
-            grouped_fp8_gemm(*x, t13, s13.transpose(1, 2), expert_offsets, drows, **launch)
+            rows, scales, drow_weight = swiglu_backward(
+                d_act, gate_up, row_weight, expert_offsets, d_gate_up, act, num_sms=sms
+            )
+            grouped_fp8_gemm(
+                rows, scales, t13, s13.transpose(1, 2), expert_offsets, drows, **launch
+            )
         return drows, drow_weight, d_gate_up, act
 
     @staticmethod

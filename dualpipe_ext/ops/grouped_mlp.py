@@ -15,6 +15,7 @@ anywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -67,7 +68,7 @@ def grouped_mlp(
     Raises TypeError or ValueError naming the value, the limit and the remedy.
     """
     _check(rows, row_weight, w13, w2, expert_offsets, num_sms, implementation)
-    products = grouped_bf16
+    products: Any = grouped_bf16
     if grouped_fp8.is_fp8(precision):
         grouped_fp8.check_fp8(rows, None, w13, w2)
         products = grouped_fp8
@@ -100,7 +101,7 @@ def mlp_forward(
     """
     wide_rows = rows if row_scale is None else w13.new_empty(1).expand(rows.shape)
     _check(wide_rows, row_weight, w13, w2, expert_offsets, num_sms, implementation)
-    products = grouped_bf16
+    products: Any = grouped_bf16
     if grouped_fp8.is_fp8(precision):
         grouped_fp8.check_fp8(rows, row_scale, w13, w2)
         products = grouped_fp8
@@ -161,7 +162,7 @@ def mlp_wgrad(
     """
     _check_dout(dout, dout_scale, saved)
     options = _options(num_sms, take_over, saved)
-    if saved.d_gate_up is None:
+    if saved.d_gate_up is None or saved.act is None:
         raise ValueError("mlp_wgrad needs what mlp_dgrad leaves: call mlp_dgrad first")
     rows, offsets = saved.rows, saved.expert_offsets
     if saved.fp8 is not None:

@@ -48,7 +48,7 @@ def carry_main_grad(weight: Tensor, copy: Tensor) -> Tensor:
     """`copy`, such as a cast of `weight`, whose gradient goes where that of `weight` would."""
     main_grad = getattr(weight, "main_grad", None)
     if copy is not weight and main_grad is not None:
-        copy.main_grad = main_grad
+        copy.main_grad = main_grad  # type: ignore[attr-defined]  # Megatron\'s, not torch\'s
     return copy
 
 
@@ -60,4 +60,4 @@ def keep_main_grads(ctx, *weights: Tensor) -> None:
 def restore_main_grads(ctx, *weights: Tensor) -> None:
     for weight, main_grad in zip(weights, ctx.main_grads, strict=True):
         if main_grad is not None and not hasattr(weight, "main_grad"):
-            weight.main_grad = main_grad
+            weight.main_grad = main_grad  # type: ignore[attr-defined]  # Megatron\'s, not torch\'s

@@ -15,6 +15,7 @@ dx 0.3 %, for which the weight and then the sums are rounded, too; torch rounds 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -190,7 +191,7 @@ def _route_backward(
 def _route_kernels(x, weight, bias, options: RouteOptions, hopper: bool) -> tuple[Tensor, ...]:
     """topk_idx, topk_weight, logits, probability_sum and tokens_per_expert."""
     x, weight = aligned(x.contiguous()), aligned(weight.contiguous())
-    sizes = {"n_groups": options.n_groups, "num_sms": sm_count(x, options.num_sms)}
+    sizes: dict[str, Any] = {"n_groups": options.n_groups, "num_sms": sm_count(x, options.num_sms)}
     choice = sizes | {
         "topk": options.topk,
         "renormalize": options.renormalize,
