@@ -1,7 +1,5 @@
-"""Attention without a GPU: plain torch against the definition, the kernels run by an emulator and
-compiled ahead of time for sm_90."""
+"""Attention without a GPU: plain torch against the definition, the kernels run by an emulator."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +12,6 @@ from dualpipe_ext.blocks import attention
 from dualpipe_ext.blocks.attention import GroupedQueryAttention, LatentAttention
 from dualpipe_ext.ops import attention as operator
 from dualpipe_ext.ops.attention import flash_attention
-from tests.support.ahead_of_time import check_resources
 from tests.support.attention_cases import (
     CASES,
     NAMES,
@@ -23,7 +20,6 @@ from tests.support.attention_cases import (
     relative_error,
     run_kernels,
 )
-from tests.support.attention_kernels import LAUNCHES, compile_launch
 from tests.support.gluon_emulator import Kernel
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -338,51 +334,3 @@ def test_sm_count_changes_no_bit():
     first = run_kernels(problem, 1, True)
     for a, b in zip(first, run_kernels(problem, 5, True), strict=True):
         assert torch.equal(a, b)
-
-
-# ---- The kernels, compiled ----
-
-# All 54 take minutes to compile: DUALPIPE_COMPILE_ALL=1. These have every branch of every kernel.
-CHOSEN = [
-    name
-    for name, (kernel, D, _, causal, packed) in LAUNCHES.items()
-    if kernel in ("prepare", "finish dq", "clear tail")
-    or (causal and packed and kernel in ("forward", "backward"))
-    or (D == 128 and kernel == "backward" and not packed)
-    or (D == 128 and kernel == "dq" and causal and packed)
-]
-
-
-@pytest.mark.parametrize("name", LAUNCHES if os.environ.get("DUALPIPE_COMPILE_ALL") else CHOSEN)
-def test_kernel_compiles_for_sm_90(name, monkeypatch):
-    pytest.importorskip("triton")
-    compiled = compile_launch(name, monkeypatch)
-    check_resources("attention", name, compiled)
-    ptx = compiled.asm["ptx"]
-    if "prepare" in name or "finish" in name or "clear" in name:
-        assert "ld.global.v4" in ptx or "st.global.v4" in ptx
-        return
-    # Asynchronous products of 16-bit numbers, loads by TMA, registers shared out by setmaxnreg.
-    assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16" in ptx or "64/64" in name
-    assert "wgmma.mma_async" in ptx and "mma.sync" not in ptx
-    assert "cp.async.bulk.tensor" in ptx and "setmaxnreg.inc" in ptx
-    if name.startswith("backward,") and "192" not in name:
-        assert "cp.reduce.async.bulk.tensor" in ptx
-    # No value leaves a warpgroup but through the buffers: layout changes rename registers.
-    assert "convert_layout" not in compiled.asm["ttgir"] or "st.shared" in ptx
-
-
-def test_sizes_share_one_compilation():
-    """Every integer of a launch is left unspecialised."""
-    pytest.importorskip("triton")
-    import importlib
-
-    from tests.support.attention_kernels import MODULES
-
-    for module, kernel in MODULES.values():
-        module = importlib.import_module(f"dualpipe_ext.triton_kernels.{module}")
-        for parameter in getattr(module, kernel).params:
-            name = parameter.name
-            if name.endswith(("_ptr", "_table", "_desc")) or name in ("scale",):
-                continue
-            assert parameter.do_not_specialize != parameter.is_constexpr, name

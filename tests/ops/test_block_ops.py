@@ -1,7 +1,6 @@
 """The rest of a block without a GPU: plain torch against fp64 references, the kernels in Triton's
-interpreter and ahead of time for sm_90, and the operators' registrations."""
+interpreter, and the operators' registrations."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,6 @@ from dualpipe_ext.ops.block_ops import rms_norm, rotary, rotary_, rotary_tables,
 from dualpipe_ext.ops.cross_entropy import cross_entropy
 from dualpipe_ext.ops.route import route
 from tests.support import block_ops_cases as cases
-from tests.support.ahead_of_time import check_resources
-from tests.support.block_ops_kernels import LAUNCHES, compile_launch
 from tests.support.interpreted import run_interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -309,60 +306,6 @@ def test_interpreter_equals_the_references():
     assert run_interpreted("tests.support.block_ops_cases") == [
         f"ok {x}" for x in cases.interpreted()
     ]
-
-
-IN_FLIGHT = {
-    "rms_norm",
-    "rms_norm, H 128",
-    "rms_norm, H 16384, fp32",
-    "rms_norm_backward",
-    "cross_entropy",
-    "cross_entropy, in place",
-    "cross_entropy_gradient",
-    "swiglu",
-    "swiglu, D 40, fp32",
-    "swiglu_backward",
-    "swiglu_backward, fp32",
-}
-
-
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_kernel_compiles_for_sm_90(name, monkeypatch):
-    """Into no more registers, spills and shared memory than the table says."""
-    pytest.importorskip("triton")
-    compiled = compile_launch(name, monkeypatch)
-    check_resources("block_ops", name, compiled)
-    ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
-    if "Hopper" in name:
-        assert "wgmma.mma_async.sync.aligned.m64n" in ptx and "cp.async.bulk.tensor" in ptx
-    elif name.startswith("route"):
-        assert ttgir.count("warp_group_dot ") >= 2 and "tt.dot " not in ttgir
-        # Operands come by TMA, and nothing is laid out anew between the products of a step.
-        loop = ttgir[ttgir.index("warp_group_dot ") : ttgir.rindex("warp_group_dot ")]
-        assert "convert_layout" not in loop
-    elif name not in ("d_logits", "add_parts") and not name.startswith("choose"):
-        alone = ("cross_entropy", "cross_entropy, V 129280", "cross_entropy, a row a warp")
-        loss_alone = name in alone
-        assert loss_alone or re.search(r"st\.global\S*\.v4\.b32", ptx)
-        ahead = "cp.async.cg.shared.global" in ptx
-        assert ahead or re.search(r"ld\.global\S*\.v4\.b32", ptx), "16 bytes at a time"
-        # A second layout of a tile would be a second computation of all that is made of it, and
-        # lanes of a tile of three dimensions meet in one bank of shared memory.
-        assert ttgir.count("ttg.local_load ") == ttgir.count("ttg.local_alloc")
-        assert not re.search(r"swizzled_shared<.*order = \[2", ttgir)
-        # One of a kernel's tiles is in flight while another is computed; the rest need no barrier.
-        assert ahead == (name in IN_FLIGHT)
-
-
-def test_sizes_share_one_compilation():
-    """Tokens, strides and SMs are left unspecialised; AheadOfTime asserts it of every launch."""
-    pytest.importorskip("triton")
-    from dualpipe_ext.triton_kernels.routing import backward as router_backward
-    from dualpipe_ext.triton_kernels.routing import route as router
-
-    for kernel in (router.route_kernel, router_backward.route_backward_kernel):
-        free = {p.name for p in kernel.params if p.do_not_specialize}
-        assert free >= {"T", "H", "splits"}
 
 
 def test_splits_fill_the_sms():

@@ -1,7 +1,6 @@
 """The grouped MLP without a GPU: against per-token fp64 arithmetic, and its kernels in Triton's
-interpreter and ahead of time for sm_90."""
+interpreter."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from dualpipe_ext.ops import grouped_mlp as op
 from dualpipe_ext.ops import grouped_wgrad
 from dualpipe_ext.ops.grouped_mlp import grouped_mlp, mlp_dgrad, mlp_forward, mlp_wgrad
-from tests.support.ahead_of_time import check_resources, compile_kernel, resources_of
 from tests.support.interpreted import run_interpreted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -300,87 +298,3 @@ def test_import_needs_no_triton():
 def test_interpreter_equals_reference():
     lines = run_interpreted("tests.support.grouped_mlp_interpreter")
     assert "\n".join(lines).count("ok") == 6, lines
-
-
-def launches():
-    """Every kernel with every default configuration, by name: a function that launches it."""
-    from dualpipe_ext.triton_kernels.experts import gemm as grouped_gemm
-    from dualpipe_ext.triton_kernels.experts import swiglu as grouped_swiglu
-    from dualpipe_ext.triton_kernels.experts import wgrad as grouped_wgrad
-
-    R, L, H, I = 256, 8, 256, 128  # noqa: E741
-    bf16 = {"dtype": torch.bfloat16}
-    rows, act, gate_up = (
-        torch.empty(R, H, **bf16),
-        torch.empty(R, I, **bf16),
-        torch.empty(R, 2 * I, **bf16),
-    )
-    w13, w2 = torch.empty(L, 2 * I, H, **bf16), torch.empty(L, H, I, **bf16)
-    offsets, weight = torch.zeros(L + 1, dtype=torch.int32), torch.empty(R)
-    sms = {"num_sms": 132}
-
-    def gate_up_forward(saved):
-        grouped_swiglu.grouped_gate_up(rows, weight, w13, offsets, act, saved, **sms)
-
-    return {
-        "gate_up": (grouped_swiglu, lambda: gate_up_forward(gate_up)),
-        "gate_up_inference": (grouped_swiglu, lambda: gate_up_forward(None)),
-        "down": (
-            grouped_gemm,
-            lambda: grouped_gemm.grouped_gemm(act, w2, offsets, rows, weight_is_nk=True, **sms),
-        ),
-        "swiglu_backward": (
-            grouped_swiglu,
-            lambda: grouped_swiglu.grouped_swiglu_backward(
-                rows, w2, gate_up, weight, offsets, gate_up, **sms
-            ),
-        ),
-        "drows": (
-            grouped_gemm,
-            lambda: grouped_gemm.grouped_gemm(
-                gate_up, w13, offsets, rows, weight_is_nk=False, **sms
-            ),
-        ),
-        "wgrad": (
-            grouped_wgrad,
-            lambda: grouped_wgrad.grouped_wgrad(
-                gate_up, rows, offsets, w13, accumulate=False, **sms
-            ),
-        ),
-        "wgrad_accumulate": (
-            grouped_wgrad,
-            lambda: grouped_wgrad.grouped_wgrad(
-                gate_up, rows, offsets, w13.float(), accumulate=True, **sms
-            ),
-        ),
-    }
-
-
-COMPILED = {
-    "gate_up": "gate_up_kernel",
-    "gate_up_inference": "gate_up_kernel",
-    "down": "grouped_gemm_kernel",
-    "swiglu_backward": "swiglu_backward_kernel",
-    "drows": "grouped_gemm_kernel",
-    "wgrad": "grouped_wgrad_kernel",
-    "wgrad_accumulate": "grouped_wgrad_kernel",
-}
-
-
-def compile_launch(name: str, monkeypatch):
-    module, launch = launches()[name]
-    how = dict(sizes_of_a_model=True)
-    return compile_kernel(module, COMPILED[name], launch, monkeypatch, **how)
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_kernel_compiles_for_sm_90(name, monkeypatch):
-    pytest.importorskip("triton")
-    compiled = compile_launch(name, monkeypatch)
-    check_resources("grouped_mlp", name, compiled)
-    assert resources_of(compiled)[1] == 0, "spills"
-    assert "wgmma.mma_async" in compiled.asm["ptx"]
-    # Splitting the accumulator into strips or into gate and up only renames registers. The one
-    # conversion allowed is that of the backward's row sums, 128 numbers.
-    conversions = re.findall(r"ttg.convert_layout .* -> tensor<(\S+?),", compiled.asm["ttgir"])
-    assert set(conversions) <= {"128xf32"}, conversions
