@@ -192,7 +192,7 @@ def test_sizes_share_one_compilation(kernel):
     launch = BY_KERNEL[kernel]
     if launch.sizes_of_a_model:
         return
-    fractions = ("scale", "route_scale", "unit", "z_loss")
+    fractions = ("scale", "route_scale", "unit", "inverse_unit", "z_loss")
     for parameter in kernel_of(launch)[0].params:
         name = parameter.name
         if name.endswith("_ptr"):
