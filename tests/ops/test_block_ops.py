@@ -1,22 +1,17 @@
 """The rest of a block without a GPU: plain torch against fp64 references, the kernels in Triton's
-interpreter, and the operators' registrations."""
-
-import subprocess
-import sys
-from pathlib import Path
+interpreter; test_contract.py has what holds for every operator."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpipe_ext.ops.block_ops import rms_norm, rotary, rotary_, rotary_tables, swiglu
 from dualpipe_ext.ops.cross_entropy import cross_entropy
 from dualpipe_ext.ops.route import route
 from tests.support import block_ops_cases as cases
 from tests.support.interpreted import run_interpreted
+from tests.support.operators import rms_norm, rotary, rotary_, rotary_tables, swiglu
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 few = settings(max_examples=25)
 
@@ -162,85 +157,6 @@ def test_rotary_in_place_turns_back():
     assert rotary_(y, cos, sin) is y and not torch.allclose(x, y)
     rotary_(y, cos, -sin)
     torch.testing.assert_close(x, y)
-
-
-# ---- Registrations ----
-
-
-def check_op(name, *arguments):
-    torch.library.opcheck(getattr(torch.ops.dualpipe_ext, name).default, arguments)
-
-
-@pytest.mark.parametrize("residual", [True, False])
-def test_opcheck_rms_norm(residual):
-    x, other, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
-    rstd = torch.ones(3)
-    leaves = [t.clone().requires_grad_() for t in (x, other, weight)]
-    check_op("rms_norm", leaves[0], leaves[1] if residual else None, leaves[2], 1e-6, 0)
-    check_op("rms_norm_backward", x, other if residual else None, x, weight, rstd, 0)
-
-
-def test_opcheck_rotary():
-    cos, sin = rotary_tables(5, 8)
-    x = torch.randn(2, 5, 3, 8)
-    check_op("rotary", x.clone().requires_grad_(), cos, sin, None, True, False, 0)
-    check_op("rotary_", x, cos, sin, torch.zeros(2, 5, dtype=torch.int64), False, True, 0)
-
-
-def test_opcheck_swiglu():
-    x, dy = torch.randn(3, 16), torch.randn(3, 8)
-    check_op("swiglu", x.clone().requires_grad_(), 0)
-    check_op("swiglu", torch.randn(16, 3).T, 0)
-    check_op("swiglu_backward", dy, x, 0)
-
-
-def test_opcheck_cross_entropy():
-    logits, targets = torch.randn(4, 9), torch.tensor([0, 8, -100, 3])
-    d_loss = torch.randn(4)
-    check_op("cross_entropy", logits.clone().requires_grad_(), targets, -100, 1e-3, 0)
-    check_op("cross_entropy_backward", d_loss, logits, targets, d_loss, -100, 1e-3, 0)
-    check_op("cross_entropy_", logits.clone(), targets, torch.ones(1), -100, 1e-3, 0)
-    check_op("scale_rows_", logits, torch.ones(1), 0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [None, torch.zeros(6)])
-def test_opcheck_route(bias, dtype):
-    x, weight = torch.randn(5, 8).requires_grad_(), torch.randn(6, 8, dtype=dtype).requires_grad_()
-    check_op("route", x, weight, bias, 2, True, 1, 1, 2.5, 0)
-    logits, idx = torch.randn(5, 6), torch.tensor([[0, 3]] * 5, dtype=torch.int32)
-    arguments = (torch.randn(5, 2), torch.randn(6), x.detach(), weight.detach(), logits, idx)
-    check_op("route_backward", *arguments, bias is None, True, 1, 2.5, 0)
-
-
-def block(x, weight, gate, head, cos, sin, targets, topk=2):
-    """What is between the matrix products of a block and behind the last."""
-    normed, x = rms_norm(x, weight, residual=x)
-    turned = rotary(normed.unflatten(1, (-1, 2 * cos.shape[1])), cos, sin).flatten(1)
-    x = x + swiglu(torch.cat((turned, x), dim=1))
-    _, topk_weight, probability_sum, _ = route(turned, gate, None, topk=topk)
-    x = x + topk_weight.sum(1, keepdim=True) * turned + probability_sum.sum()
-    return cross_entropy(x @ head, targets)
-
-
-def test_compiles_into_one_graph():
-    cos, sin = rotary_tables(6, 8)
-    tensors = [torch.randn(6, 16), torch.rand(16), torch.randn(4, 16), torch.randn(16, 11)]
-    results = []
-    for function in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        loss = function(*leaves, cos, sin, torch.arange(6))
-        loss.backward()
-        results.append((loss, *(t.grad for t in leaves)))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(eager, compiled)
-
-
-def test_import_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import dualpipe_ext.ops.block_ops as b, "
-    code += "dualpipe_ext.ops.cross_entropy, dualpipe_ext.ops.route, torch; "
-    code += "b.rms_norm(torch.ones(2, 8), torch.ones(8))"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 # ---- Errors ----

@@ -1,35 +1,17 @@
 """The grouped MLP without a GPU: against per-token fp64 arithmetic, and its kernels in Triton's
 interpreter."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from dualpipe_ext.ops import grouped_mlp as op
 from dualpipe_ext.ops import grouped_wgrad
 from dualpipe_ext.ops.grouped_mlp import grouped_mlp, mlp_dgrad, mlp_forward, mlp_wgrad
+from tests.support.compare import relative_error
+from tests.support.grouped_mlp_cases import make_problem
 from tests.support.interpreted import run_interpreted
 
-ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
-
-
-def make_problem(counts, H, I, dtype, spare=0):  # noqa: E741
-    """Random tensors for experts of `counts` real rows each, every expert padded to 128 rows."""
-    aligned = [-(-count // 128) * 128 for count in counts]
-    offsets = torch.tensor([0, *aligned]).cumsum(0).to(torch.int32)
-    R, L = sum(aligned) + spare, len(counts)
-    real = torch.zeros(R, dtype=torch.bool)
-    for start, count in zip(offsets.tolist(), counts, strict=False):
-        real[start : start + count] = True
-    rows, dout = (torch.randn(R, H).to(dtype) * real[:, None] for _ in range(2))
-    row_weight = torch.rand(R, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    w13 = (torch.randn(L, 2 * I, H) / H**0.5).to(dtype)
-    w2 = (torch.randn(L, H, I) / I**0.5).to(dtype)
-    return (rows, row_weight * real, w13, w2, offsets), dout
 
 
 def one_token(row, weight, w13, w2):
@@ -50,11 +32,6 @@ def expected(problem, dout):
             out[r] = one_token(rows[r], row_weight[r], w13[expert], w2[expert])
     out.backward(dout.double())
     return out.detach(), rows.grad, row_weight.grad, w13.grad, w2.grad
-
-
-def relative_error(value, reference):
-    value, reference = value.detach().double(), reference.double()
-    return float((value - reference).norm() / reference.norm().clamp_min(1e-30))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -194,43 +171,6 @@ def test_mlp_dgrad_runs_once_and_before_wgrad():
         mlp_dgrad(dout, saved)
 
 
-@pytest.mark.parametrize("save", [True, False])
-def test_opcheck_forward(save):
-    (rows, row_weight, w13, w2, offsets), _ = make_problem((3, 0, 130), 16, 8, torch.float32)
-    tensors = [t.requires_grad_(save) for t in (rows, row_weight, w13, w2)]
-    torch.library.opcheck(
-        torch.ops.dualpipe_ext.grouped_mlp_forward.default,
-        (*tensors, offsets, save, 0, "reference", save),
-    )
-
-
-def test_opcheck_backward_steps():
-    problem, dout = make_problem((3, 0, 130), 16, 8, torch.float32)
-    ops = torch.ops.dualpipe_ext
-    _, row_weight, w13, w2, offsets = problem
-    _, saved = mlp_forward(*problem)
-    torch.library.opcheck(
-        ops.grouped_mlp_dgrad.default,
-        (dout, saved.gate_up, row_weight, w13, w2, offsets, 0, "reference"),
-    )
-    torch.library.opcheck(ops.grouped_wgrad.default, (dout, saved.act, offsets, 0, "reference"))
-    torch.library.opcheck(
-        ops.grouped_wgrad_.default, (w2.clone(), dout, saved.act, offsets, 0, "reference")
-    )
-
-
-def test_compiles_into_one_graph():
-    problem, dout = make_problem((3, 0, 130), 16, 8, torch.float32)
-    results = []
-    for function in (grouped_mlp, torch.compile(grouped_mlp, backend="aot_eager", fullgraph=True)):
-        inputs = [t.clone().requires_grad_() for t in problem[:4]]
-        out = function(*inputs, problem[4])
-        out.backward(dout)
-        results.append((out, *(t.grad for t in inputs)))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(eager, compiled)
-
-
 def replaced(index, change):
     problem, _ = make_problem((3, 5), 16, 8, torch.float32)
     problem = list(problem)
@@ -287,14 +227,9 @@ def test_bad_options_are_named():
         grouped_mlp(*problem[:2], w13, *problem[3:]).backward(dout)
 
 
-def test_import_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import dualpipe_ext.ops.grouped_mlp"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
 # ---- The Triton kernels ----
 
 
 def test_interpreter_equals_reference():
-    lines = run_interpreted("tests.support.grouped_mlp_interpreter")
+    lines = run_interpreted("tests.support.grouped_mlp_cases")
     assert "\n".join(lines).count("ok") == 6, lines

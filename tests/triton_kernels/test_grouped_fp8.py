@@ -2,22 +2,20 @@
 interpreter."""
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support import ROOT
+from tests.support.compare import relative_error
 from tests.support.gluon_emulator import emulate
 from tests.support.grouped_fp8_cases import (
     CASES,
     INTERPRETED,
     NAN,
     make_problem,
-    relative_error,
 )
 from tests.support.interpreted import run_interpreted
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @cache

@@ -7,7 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tests.ops.test_grouped_mlp import ROOT, make_problem, relative_error
+from tests.support import ROOT
+from tests.support.compare import relative_error
+from tests.support.grouped_mlp_cases import make_problem
 
 NAN = math.nan
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}

@@ -6,7 +6,8 @@ from functools import cache
 import pytest
 import torch
 
-from tests.ops.test_grouped_mlp import ROOT, relative_error
+from tests.support import ROOT
+from tests.support.compare import relative_error
 from tests.support.launches.hopper import WGRADS, wgrad_configuration
 
 NAN = math.nan
