@@ -7,6 +7,8 @@
 PYTHON ?= python3
 ARGS ?=
 RUN := build/run
+# As many processes as cores, at most 4 (tests/conftest.py); what shares workers or a GPU stays together.
+PARALLEL := -n auto --dist loadgroup
 SOURCES := $(wildcard csrc/*.cpp csrc/*/*)
 
 # A launcher made for another interpreter, or for one that is gone, is out of date.
@@ -14,7 +16,8 @@ asked := $(shell command -v $(PYTHON))
 alive := $(shell build/run python -c "" 2>/dev/null && cat build/asked)
 stale := $(if $(filter $(asked),$(alive)),,FORCE)
 
-.PHONY: extension help demo test test-newest lint types format docs bench info clean distclean FORCE
+.PHONY: extension help demo test test-fast test-newest lint types format docs bench info clean \
+	distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +26,10 @@ demo: extension ## train a small MoE transformer with DualPipeV, on all GPUs or 
 	$(RUN) python examples/train_pipeline.py $(ARGS)
 
 test: extension ## every test that this machine can run
-	$(RUN) python -m pytest $(ARGS)
+	$(RUN) python -m pytest $(PARALLEL) $(ARGS)
+
+test-fast: extension ## the quick ones of them: no GPU, no long compilation, no many processes
+	$(RUN) python -m pytest $(PARALLEL) -m "not slow and not gpu and not gpu_2 and not gpu_4" $(ARGS)
 
 # What knows torch and Triton best: private names, operators, launches, and every kernel compiled.
 # Not Triton's interpreter, which takes a minute and a half.
@@ -32,7 +38,7 @@ NEWEST := package/test_compat.py package/test_import.py triton_kernels ops moe/t
 
 test-newest: extension ## some of the tests on the newest torch and Triton (5.5 GB, in .venv-newest)
 	.ci/prepare newest
-	PYTHONPATH=. .venv-newest/bin/python -m pytest -k "not interpreter" \
+	PYTHONPATH=. .venv-newest/bin/python -m pytest $(PARALLEL) -k "not interpreter" \
 		$(NEWEST:%=tests/%) $(ARGS)
 
 lint: build/linters ## ruff and clang-format, without changing files

@@ -1,6 +1,7 @@
-"""Fixtures and skipping shared by all tests."""
+"""Fixtures, skipping and how tests share processes; CONTRIBUTING.md says how to run them."""
 
 import os
+import re
 import zlib
 from collections import Counter
 
@@ -14,7 +15,8 @@ from tests.support.workers import WorkerPool
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 GPUS_NEEDED = {"gpu": 1, "gpu_2": 2, "gpu_4": 4}
-_untested: pytest.StashKey[Counter] = pytest.StashKey()
+POOLS = ("gloo_workers_2", "gloo_workers_4")
+MOST_PROCESSES = 4  # each imports torch and collects all tests: 6 s of a core
 
 try:
     import hypothesis
@@ -26,19 +28,37 @@ except ImportError:
     pass
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Of `-n auto`."""
+    return min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+
+
 def pytest_collection_modifyitems(config, items):
     present = torch.cuda.device_count()
-    untested = config.stash.setdefault(_untested, Counter())
     for item in items:
-        for marker, needed in GPUS_NEEDED.items():
-            if needed > present and item.get_closest_marker(marker):
-                reason = f"CUDA devices needed: {needed}, here: {present}"
-                item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
-                untested[marker, reason] += 1
+        needed = max(
+            (GPUS_NEEDED[m.name] for m in item.iter_markers() if m.name in GPUS_NEEDED), default=0
+        )
+        if needed > present:
+            marker = {count: name for name, count in GPUS_NEEDED.items()}[needed]
+            reason = f"{marker}: CUDA devices needed: {needed}, here: {present}"
+            item.add_marker(pytest.mark.skip(reason=reason))
+        elif needed:
+            # Virtual ranks spin while they wait for each other: kernels of another process beside
+            # them would get the GPU by turns of milliseconds.
+            item.add_marker(pytest.mark.xdist_group("gpu"))
+        for pool in set(POOLS).intersection(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(pool))  # started once
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    for (marker, reason), count in sorted(config.stash.get(_untested, Counter()).items()):
+    pattern = re.compile(r"Skipped: (gpu\w*): (CUDA devices needed: .*)")
+    reports = (
+        r for r in terminalreporter.stats.get("skipped", ()) if isinstance(r.longrepr, tuple)
+    )
+    untested = Counter(m.groups() for r in reports if (m := pattern.match(r.longrepr[2])))
+    for (marker, reason), count in sorted(untested.items()):
         terminalreporter.write_line(f"not tested here: {count} tests marked {marker} ({reason})")
 
 
@@ -55,7 +75,8 @@ def _kernels_are_required():
 
 
 def _seed(request) -> int:
-    return zlib.crc32(request.node.nodeid.encode())
+    name, _, _ = request.node.nodeid.partition("@")  # behind it, pytest-xdist's group
+    return zlib.crc32(name.encode())
 
 
 @pytest.fixture(autouse=True)

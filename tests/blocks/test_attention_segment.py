@@ -15,7 +15,7 @@ from dualpipe_ext.blocks.stage import TransformerStage
 from dualpipe_ext.gradients.segment import Segment
 from dualpipe_ext.moe.layer import MoELayer
 from dualpipe_ext.moe.router import Router
-from tests.support.dense_moe import relative_error
+from tests.support.compare import relative_error
 
 B, S, H = 2, 7, 16
 

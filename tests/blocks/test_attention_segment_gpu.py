@@ -10,7 +10,7 @@ from dualpipe_ext.blocks.attention_segment import AttentionSegment, fits
 from dualpipe_ext.blocks.block import TransformerBlock
 from dualpipe_ext.gradients.segment import Segment
 from dualpipe_ext.moe.layer import MoELayer
-from tests.support.dense_moe import relative_error
+from tests.support.compare import relative_error
 
 pytest.importorskip("triton")
 pytestmark = [

@@ -22,7 +22,7 @@ from dualpipe_ext.moe.routed import RoutedExperts
 from dualpipe_ext.moe.router import Router
 from dualpipe_ext.ops.grouped_mlp import grouped_mlp
 from tests.support import small_transformer as small
-from tests.support.dense_moe import relative_error
+from tests.support.compare import relative_error
 
 DELAYS = ("off", "experts", "all")
 

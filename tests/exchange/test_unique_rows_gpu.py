@@ -5,7 +5,8 @@ import torch
 
 from dualpipe_ext import DualPipeError, Exchange, RowsOverflowError
 from dualpipe_ext.ops.fp8 import dequantize_rows, quantize_rows
-from tests.support.exchange_cases import Case, check_routings, relative_error
+from tests.support.compare import relative_error
+from tests.support.exchange_cases import Case, check_routings
 
 four = pytest.mark.gpu_4
 COMM_SMS = (0, 1, 3, 8, 24)

@@ -12,6 +12,7 @@ import torch
 
 from dualpipe_ext import PeerTimeoutError
 from dualpipe_ext.exchange.plan import RoutingLayout
+from tests.support.compare import relative_error
 from tests.support.exchange_cases import (
     ROUTINGS,
     Case,
@@ -22,7 +23,6 @@ from tests.support.exchange_cases import (
     expected_combine,
     expected_dispatch,
     expected_plan,
-    relative_error,
 )
 
 pytestmark = pytest.mark.gpu

@@ -9,8 +9,8 @@ from torch.autograd.graph import get_gradient_edge
 
 from dualpipe_ext.gradients.delayed import DelayedLinear, WeightGradients, delay_linears
 from dualpipe_ext.moe.layer import SharedExpert
-from tests.ops.test_grouped_mlp import relative_error
 from tests.support import small_transformer as small
+from tests.support.compare import relative_error
 
 FP32, BF16 = torch.float32, torch.bfloat16
 LINEAR, EXPERTS = "blocks.0.attention.out.weight", "blocks.0.feed_forward.w13"

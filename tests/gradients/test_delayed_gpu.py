@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dualpipe_ext.gradients.delayed import DelayedLinear, WeightGradients
-from tests.support.dense_moe import relative_error
+from tests.support.compare import relative_error
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16

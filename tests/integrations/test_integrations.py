@@ -11,7 +11,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from dualpipe_ext.blocks.pair import OverlappedPair
 from dualpipe_ext.integrations.deepseek import DualPipeStage
 from tests.support import small_transformer as small
-from tests.support.dense_moe import relative_error
+from tests.support.compare import relative_error
 
 CHUNKS, CHUNK, LENGTH = 5, 2, 4
 

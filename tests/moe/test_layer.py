@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from dualpipe_ext import Exchange, MoELayer
 from dualpipe_ext.moe.router import Router
 from dualpipe_ext.ops.route_reference import count_tokens
-from tests.support.dense_moe import dense_moe, relative_error, swiglu
+from tests.support.compare import relative_error
+from tests.support.dense_moe import dense_moe, swiglu
 
 SIZES = dict(hidden=16, expert_hidden=24, num_experts=8, topk=3)
 STEPS = 4

@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from dualpipe_ext import MoELayer
 from dualpipe_ext.moe.router import Router
-from tests.support.dense_moe import dense_moe, relative_error, swiglu
+from tests.support.compare import relative_error
+from tests.support.dense_moe import dense_moe, swiglu
 
 # A bf16 rounding is off by 1.6e-3 (root mean square over a binade). An output row takes four: the
 # activation, the expert's output, its rank's sum, the final sum: 3.2e-3. An input gradient takes

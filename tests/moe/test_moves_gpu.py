@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from dualpipe_ext import ExpertPlacement, MoELayer
-from tests.support.dense_moe import relative_error
+from tests.support.compare import relative_error
 
 TOLERANCE = 5e-3  # tests/gpu/test_moe.py
 SIZES = dict(hidden=512, expert_hidden=256, num_experts=16, topk=4, init_std=512**-0.5)

@@ -14,7 +14,7 @@ from dualpipe_ext import (
     rebalance_experts,
 )
 from dualpipe_ext.moe.router import Router
-from tests.support.dense_moe import relative_error
+from tests.support.compare import relative_error
 
 E, P, TOKENS, HIDDEN = 8, 4, 24, 16
 STEPS, EVERY = 100, 20

@@ -11,7 +11,7 @@ import torch
 
 from dualpipe_ext.blocks.attention import GroupedQueryAttention
 from dualpipe_ext.ops.attention import flash_attention
-from tests.support.attention_cases import CASES, NAMES, Problem, poisoned_memory, relative_error
+from tests.support.attention_cases import CASES, NAMES, Problem, error_of, poisoned_memory
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +42,7 @@ def run(problem: Problem, **options) -> list[torch.Tensor]:
 def check(got, want, few=False, tolerance=BF16) -> None:
     """Few numbers average few roundings."""
     for name, value, reference in zip(NAMES, got, want, strict=True):
-        error = relative_error(value, reference)
+        error = error_of(value, reference)
         assert error < tolerance * (3 if few else 1), f"{name}: {error:.2e}"
 
 
@@ -137,7 +137,7 @@ def test_deterministic_runs_give_the_same_bits(kind):
     # The faster backward sums only dq in an order of its own.
     fast = run(here)
     for name, a, b in zip(NAMES, fast, first, strict=True):
-        assert relative_error(a, b) < BF16, name
+        assert error_of(a, b) < BF16, name
     for num_sms in (132, 57):
         again = run(here, num_sms=num_sms)
         for i in (0, 2, 3):
@@ -178,7 +178,7 @@ def test_blocks_choose_the_kernels():
     auto, triton, sdpa = results
     assert torch.equal(auto[0], triton[0])
     for a, b in zip(auto, sdpa, strict=True):
-        assert relative_error(a, b) < 2 * BF16
+        assert error_of(a, b) < 2 * BF16
     # What the kernels do not take.
     for how in (dict(dtype=torch.float32), dict(dtype=torch.bfloat16, head_width=80)):
         layer = GroupedQueryAttention(512, heads=4, device="cuda", **how)
@@ -190,14 +190,14 @@ def test_large_scores_stay_finite():
     here.rows[0], here.rows[1] = 6 + here.rows[0] / 10, -6 + here.rows[1] / 10
     got, want = run(here), here.expected()  # scores around -400
     # Keys of -6 ± 0.1 nearly cancel in dq and leave 60 times ds's rounding.
-    assert relative_error(got[1], want[1]) < 60 * BF16
+    assert error_of(got[1], want[1]) < 60 * BF16
     got[1] = want[1]
     check(got, want)
     here = problem([300], [300], 2, 2, 128, 128, True, False)
     here.rows = [x * 20 for x in here.rows]
     got = run(here)
     assert all(x.isfinite().all() for x in got)
-    assert relative_error(got[0], here.expected()[0]) < BF16
+    assert error_of(got[0], here.expected()[0]) < BF16
 
 
 def test_new_sizes_compile_nothing_and_wait_for_nothing():

@@ -1,27 +1,23 @@
 """The rest of a block without a GPU: plain torch against fp64 references, the kernels in Triton's
-interpreter and ahead of time for sm_90, and the operators' registrations."""
-
-import re
-import subprocess
-import sys
-from pathlib import Path
+interpreter; test_contract.py has what holds for every operator."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dualpipe_ext.ops.cross_entropy import cross_entropy
-from dualpipe_ext.ops.norm import rms_norm
-from dualpipe_ext.ops.rotary import rotary, rotary_, rotary_tables
-from dualpipe_ext.ops.route import route
-from dualpipe_ext.ops.swiglu import swiglu
 from tests.support import block_ops_cases as cases
-from tests.support.ahead_of_time import check_resources
-from tests.support.block_ops_kernels import LAUNCHES, compile_launch
 from tests.support.interpreted import run_interpreted
+from tests.support.operators import (
+    cross_entropy,
+    rms_norm,
+    rotary,
+    rotary_,
+    rotary_tables,
+    route,
+    swiglu,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 few = settings(max_examples=25)
 
@@ -169,86 +165,6 @@ def test_rotary_in_place_turns_back():
     torch.testing.assert_close(x, y)
 
 
-# ---- Registrations ----
-
-
-def check_op(name, *arguments):
-    torch.library.opcheck(getattr(torch.ops.dualpipe_ext, name).default, arguments)
-
-
-@pytest.mark.parametrize("residual", [True, False])
-def test_opcheck_rms_norm(residual):
-    x, other, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
-    rstd = torch.ones(3)
-    leaves = [t.clone().requires_grad_() for t in (x, other, weight)]
-    check_op("rms_norm", leaves[0], leaves[1] if residual else None, leaves[2], 1e-6, 0)
-    check_op("rms_norm_backward", x, other if residual else None, x, weight, rstd, 0)
-
-
-def test_opcheck_rotary():
-    cos, sin = rotary_tables(5, 8)
-    x = torch.randn(2, 5, 3, 8)
-    check_op("rotary", x.clone().requires_grad_(), cos, sin, None, True, False, 0)
-    check_op("rotary_", x, cos, sin, torch.zeros(2, 5, dtype=torch.int64), False, True, 0)
-
-
-def test_opcheck_swiglu():
-    x, dy = torch.randn(3, 16), torch.randn(3, 8)
-    check_op("swiglu", x.clone().requires_grad_(), 0)
-    check_op("swiglu", torch.randn(16, 3).T, 0)
-    check_op("swiglu_backward", dy, x, 0)
-
-
-def test_opcheck_cross_entropy():
-    logits, targets = torch.randn(4, 9), torch.tensor([0, 8, -100, 3])
-    d_loss = torch.randn(4)
-    check_op("cross_entropy", logits.clone().requires_grad_(), targets, -100, 1e-3, 0)
-    check_op("cross_entropy_backward", d_loss, logits, targets, d_loss, -100, 1e-3, 0)
-    check_op("cross_entropy_", logits.clone(), targets, torch.ones(1), -100, 1e-3, 0)
-    check_op("scale_rows_", logits, torch.ones(1), 0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [None, torch.zeros(6)])
-def test_opcheck_route(bias, dtype):
-    x, weight = torch.randn(5, 8).requires_grad_(), torch.randn(6, 8, dtype=dtype).requires_grad_()
-    check_op("route", x, weight, bias, 2, True, 1, 1, 2.5, 0)
-    logits, idx = torch.randn(5, 6), torch.tensor([[0, 3]] * 5, dtype=torch.int32)
-    arguments = (torch.randn(5, 2), torch.randn(6), x.detach(), weight.detach(), logits, idx)
-    check_op("route_backward", *arguments, bias is None, True, 1, 2.5, 0)
-
-
-def block(x, weight, gate, head, cos, sin, targets, topk=2):
-    """What is between the matrix products of a block and behind the last."""
-    normed, x = rms_norm(x, weight, residual=x)
-    turned = rotary(normed.unflatten(1, (-1, 2 * cos.shape[1])), cos, sin).flatten(1)
-    x = x + swiglu(torch.cat((turned, x), dim=1))
-    _, topk_weight, probability_sum, _ = route(turned, gate, None, topk=topk)
-    x = x + topk_weight.sum(1, keepdim=True) * turned + probability_sum.sum()
-    return cross_entropy(x @ head, targets)
-
-
-def test_compiles_into_one_graph():
-    cos, sin = rotary_tables(6, 8)
-    tensors = [torch.randn(6, 16), torch.rand(16), torch.randn(4, 16), torch.randn(16, 11)]
-    results = []
-    for function in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        loss = function(*leaves, cos, sin, torch.arange(6))
-        loss.backward()
-        results.append((loss, *(t.grad for t in leaves)))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(eager, compiled)
-
-
-def test_import_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import dualpipe_ext.ops.norm as b, "
-    code += "dualpipe_ext.ops.rotary, dualpipe_ext.ops.swiglu, dualpipe_ext.ops.cross_entropy, "
-    code += "dualpipe_ext.ops.route, torch; "
-    code += "b.rms_norm(torch.ones(2, 8), torch.ones(8))"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
 # ---- Errors ----
 
 X, W = torch.randn(4, 8), torch.ones(8)
@@ -312,60 +228,6 @@ def test_interpreter_equals_the_references():
     assert run_interpreted("tests.support.block_ops_cases") == [
         f"ok {x}" for x in cases.interpreted()
     ]
-
-
-IN_FLIGHT = {
-    "rms_norm",
-    "rms_norm, H 128",
-    "rms_norm, H 16384, fp32",
-    "rms_norm_backward",
-    "cross_entropy",
-    "cross_entropy, in place",
-    "cross_entropy_gradient",
-    "swiglu",
-    "swiglu, D 40, fp32",
-    "swiglu_backward",
-    "swiglu_backward, fp32",
-}
-
-
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_kernel_compiles_for_sm_90(name, monkeypatch):
-    """Into no more registers, spills and shared memory than the table says."""
-    pytest.importorskip("triton")
-    compiled = compile_launch(name, monkeypatch)
-    check_resources("block_ops", name, compiled)
-    ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
-    if "Hopper" in name:
-        assert "wgmma.mma_async.sync.aligned.m64n" in ptx and "cp.async.bulk.tensor" in ptx
-    elif name.startswith("route"):
-        assert ttgir.count("warp_group_dot ") >= 2 and "tt.dot " not in ttgir
-        # Operands come by TMA, and nothing is laid out anew between the products of a step.
-        loop = ttgir[ttgir.index("warp_group_dot ") : ttgir.rindex("warp_group_dot ")]
-        assert "convert_layout" not in loop
-    elif name not in ("d_logits", "add_parts") and not name.startswith("choose"):
-        alone = ("cross_entropy", "cross_entropy, V 129280", "cross_entropy, a row a warp")
-        loss_alone = name in alone
-        assert loss_alone or re.search(r"st\.global\S*\.v4\.b32", ptx)
-        ahead = "cp.async.cg.shared.global" in ptx
-        assert ahead or re.search(r"ld\.global\S*\.v4\.b32", ptx), "16 bytes at a time"
-        # A second layout of a tile would be a second computation of all that is made of it, and
-        # lanes of a tile of three dimensions meet in one bank of shared memory.
-        assert ttgir.count("ttg.local_load ") == ttgir.count("ttg.local_alloc")
-        assert not re.search(r"swizzled_shared<.*order = \[2", ttgir)
-        # One of a kernel's tiles is in flight while another is computed; the rest need no barrier.
-        assert ahead == (name in IN_FLIGHT)
-
-
-def test_sizes_share_one_compilation():
-    """Tokens, strides and SMs are left unspecialised; AheadOfTime asserts it of every launch."""
-    pytest.importorskip("triton")
-    from dualpipe_ext.triton_kernels.routing import backward as router_backward
-    from dualpipe_ext.triton_kernels.routing import route as router
-
-    for kernel in (router.route_kernel, router_backward.route_backward_kernel):
-        free = {p.name for p in kernel.params if p.do_not_specialize}
-        assert free >= {"T", "H", "splits"}
 
 
 def test_splits_fill_the_sms():

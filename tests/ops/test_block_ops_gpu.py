@@ -14,7 +14,6 @@ from dualpipe_ext.ops.route import fits, fits_hopper, route
 from dualpipe_ext.ops.swiglu import swiglu
 from dualpipe_ext.triton_kernels.launch import sm_sharing as claims
 from dualpipe_ext.triton_kernels.routing import tiles as router_tiles
-from tests.ops.test_block_ops import block
 from tests.support import block_ops_cases as cases
 
 pytest.importorskip("triton")
@@ -23,8 +22,8 @@ pytestmark = pytest.mark.gpu
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KERNELS = {
     "elementwise.norm": ("rms_norm", "rms_norm_backward", "add_parts"),
-    "elementwise.rotary": ("elementwise.rotary",),
-    "elementwise.swiglu": ("elementwise.swiglu", "swiglu_backward"),
+    "elementwise.rotary": ("rotary",),
+    "elementwise.swiglu": ("swiglu", "swiglu_backward"),
     "elementwise.cross_entropy": ("row_loss", "long_row_loss", "gradient", "scale_rows"),
     "elementwise.cross_entropy_hopper": ("loss",),
     "routing.route": ("route",),
@@ -304,7 +303,7 @@ def test_compiles_into_one_graph():
     tensors += [torch.randn(64, H) / 32, torch.randn(H, H) / 32]
     targets = torch.arange(T, device="cuda")
     results = []
-    for function in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+    for function in (cases.block, torch.compile(cases.block, backend="aot_eager", fullgraph=True)):
         leaves = [t.cuda().requires_grad_() for t in tensors]
         loss = function(*leaves, cos, sin, targets, topk=8)
         loss.backward()

@@ -15,8 +15,9 @@ from dualpipe_ext.blocks.block import TransformerBlock
 from dualpipe_ext.ops.fp8 import dequantize_rows, quantize_rows
 from dualpipe_ext.ops.fp8_weight import forget_fp8, fp8_weight
 from dualpipe_ext.ops.grouped_mlp import grouped_mlp, mlp_dgrad, mlp_forward, mlp_wgrad
-from tests.ops.test_grouped_mlp import make_problem, relative_error
+from tests.support.compare import relative_error
 from tests.support.grouped_fp8_cases import quantize_squares
+from tests.support.grouped_mlp_cases import make_problem
 
 NAMES = ("out", "drows", "drow_weight", "dw13", "dw2")
 CASES = [((5, 0, 130), 128, 256, 0), ((0, 200), 256, 128, 72)]
@@ -277,46 +278,7 @@ def test_inference_tensors_are_rounded_each_time():
     assert torch.equal(out, again)
 
 
-# ---- Operators, checks ----
-
-
-# Without the schema's, which multiplies its inputs: torch's CPU cannot multiply fp8.
-CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-
-
-def test_opcheck():
-    (rows, row_weight, w13, w2, offsets), dout = make_problem((3, 0, 130), 128, 128, torch.float32)
-    rounded = (*fp8_weight(w13), *fp8_weight(w2))
-    ops, how = torch.ops.dualpipe_ext, (0, "reference")
-    for save in (True, False):
-        leaves = [t.clone().requires_grad_(save) for t in (row_weight, w13, w2)]
-        inputs = (rows.clone().requires_grad_(save), None, *leaves, *rounded, offsets, save)
-        torch.library.opcheck(
-            ops.grouped_fp8_forward.default, (*inputs, *how, False), test_utils=CHECKS
-        )
-    _, gate_up = ops.grouped_fp8_forward(
-        rows, None, row_weight, w13, w2, *rounded, offsets, True, *how, False
-    )
-    inputs = (gate_up, row_weight, *rounded[1:3], *rounded[4:], offsets)
-    for given in ((dout, None), quantize_rows(dout)):
-        arguments = (*given, *inputs, *how)
-        torch.library.opcheck(ops.grouped_fp8_dgrad.default, arguments, test_utils=CHECKS)
-
-
-def test_compiled_gives_the_same():
-    problem, dout = make_problem((3, 130), 128, 128, torch.float32)
-
-    def function(*tensors):
-        return grouped_mlp(*tensors, precision="fp8") * 2
-
-    results = []
-    for call in (function, torch.compile(function, backend="aot_eager")):
-        leaves = [t.clone().requires_grad_() for t in problem[:4]]
-        out = call(*leaves, problem[4])
-        out.backward(dout)
-        results.append((out, *(leaf.grad for leaf in leaves)))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+# ---- Checks ----
 
 
 @pytest.mark.parametrize(

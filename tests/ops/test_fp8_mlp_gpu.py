@@ -7,8 +7,8 @@ from dualpipe_ext.ops.fp8 import dequantize_rows, quantize_rows
 from dualpipe_ext.ops.fp8_weight import fp8_weight
 from dualpipe_ext.ops.grouped_mlp import grouped_mlp, mlp_dgrad, mlp_forward, mlp_wgrad
 from tests.ops.test_fp8_mlp import NAMES, errors, expected, run
-from tests.ops.test_grouped_mlp import make_problem
 from tests.ops.test_grouped_mlp_gpu import on_gpu
+from tests.support.grouped_mlp_cases import make_problem
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,36 +1,16 @@
 """The grouped MLP without a GPU: against per-token fp64 arithmetic, and its kernels in Triton's
-interpreter and ahead of time for sm_90."""
-
-import re
-import subprocess
-import sys
-from pathlib import Path
+interpreter."""
 
 import pytest
 import torch
 
 from dualpipe_ext.ops import grouped_bf16, grouped_wgrad
 from dualpipe_ext.ops.grouped_mlp import grouped_mlp, mlp_dgrad, mlp_forward, mlp_wgrad
-from tests.support.ahead_of_time import check_resources, compile_kernel, resources_of
+from tests.support.compare import relative_error
+from tests.support.grouped_mlp_cases import make_problem
 from tests.support.interpreted import run_interpreted
 
-ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-3}
-
-
-def make_problem(counts, H, I, dtype, spare=0):  # noqa: E741
-    """Random tensors for experts of `counts` real rows each, every expert padded to 128 rows."""
-    aligned = [-(-count // 128) * 128 for count in counts]
-    offsets = torch.tensor([0, *aligned]).cumsum(0).to(torch.int32)
-    R, L = sum(aligned) + spare, len(counts)
-    real = torch.zeros(R, dtype=torch.bool)
-    for start, count in zip(offsets.tolist(), counts, strict=False):
-        real[start : start + count] = True
-    rows, dout = (torch.randn(R, H).to(dtype) * real[:, None] for _ in range(2))
-    row_weight = torch.rand(R, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    w13 = (torch.randn(L, 2 * I, H) / H**0.5).to(dtype)
-    w2 = (torch.randn(L, H, I) / I**0.5).to(dtype)
-    return (rows, row_weight * real, w13, w2, offsets), dout
 
 
 def one_token(row, weight, w13, w2):
@@ -51,11 +31,6 @@ def expected(problem, dout):
             out[r] = one_token(rows[r], row_weight[r], w13[expert], w2[expert])
     out.backward(dout.double())
     return out.detach(), rows.grad, row_weight.grad, w13.grad, w2.grad
-
-
-def relative_error(value, reference):
-    value, reference = value.detach().double(), reference.double()
-    return float((value - reference).norm() / reference.norm().clamp_min(1e-30))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -195,43 +170,6 @@ def test_mlp_dgrad_runs_once_and_before_wgrad():
         mlp_dgrad(dout, saved)
 
 
-@pytest.mark.parametrize("save", [True, False])
-def test_opcheck_forward(save):
-    (rows, row_weight, w13, w2, offsets), _ = make_problem((3, 0, 130), 16, 8, torch.float32)
-    tensors = [t.requires_grad_(save) for t in (rows, row_weight, w13, w2)]
-    torch.library.opcheck(
-        torch.ops.dualpipe_ext.grouped_mlp_forward.default,
-        (*tensors, offsets, save, 0, "reference", save),
-    )
-
-
-def test_opcheck_backward_steps():
-    problem, dout = make_problem((3, 0, 130), 16, 8, torch.float32)
-    ops = torch.ops.dualpipe_ext
-    _, row_weight, w13, w2, offsets = problem
-    _, saved = mlp_forward(*problem)
-    torch.library.opcheck(
-        ops.grouped_mlp_dgrad.default,
-        (dout, saved.gate_up, row_weight, w13, w2, offsets, 0, "reference"),
-    )
-    torch.library.opcheck(ops.grouped_wgrad.default, (dout, saved.act, offsets, 0, "reference"))
-    torch.library.opcheck(
-        ops.grouped_wgrad_.default, (w2.clone(), dout, saved.act, offsets, 0, "reference")
-    )
-
-
-def test_compiles_into_one_graph():
-    problem, dout = make_problem((3, 0, 130), 16, 8, torch.float32)
-    results = []
-    for function in (grouped_mlp, torch.compile(grouped_mlp, backend="aot_eager", fullgraph=True)):
-        inputs = [t.clone().requires_grad_() for t in problem[:4]]
-        out = function(*inputs, problem[4])
-        out.backward(dout)
-        results.append((out, *(t.grad for t in inputs)))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(eager, compiled)
-
-
 def replaced(index, change):
     problem, _ = make_problem((3, 5), 16, 8, torch.float32)
     problem = list(problem)
@@ -288,98 +226,9 @@ def test_bad_options_are_named():
         grouped_mlp(*problem[:2], w13, *problem[3:]).backward(dout)
 
 
-def test_import_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import dualpipe_ext.ops.grouped_mlp"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
 # ---- The Triton kernels ----
 
 
 def test_interpreter_equals_reference():
-    lines = run_interpreted("tests.support.grouped_mlp_interpreter")
+    lines = run_interpreted("tests.support.grouped_mlp_cases")
     assert "\n".join(lines).count("ok") == 6, lines
-
-
-def launches():
-    """Every kernel with every default configuration, by name: a function that launches it."""
-    from dualpipe_ext.triton_kernels.experts import gemm as grouped_gemm
-    from dualpipe_ext.triton_kernels.experts import swiglu as grouped_swiglu
-    from dualpipe_ext.triton_kernels.experts import wgrad as grouped_wgrad
-
-    R, L, H, I = 256, 8, 256, 128  # noqa: E741
-    bf16 = {"dtype": torch.bfloat16}
-    rows, act, gate_up = (
-        torch.empty(R, H, **bf16),
-        torch.empty(R, I, **bf16),
-        torch.empty(R, 2 * I, **bf16),
-    )
-    w13, w2 = torch.empty(L, 2 * I, H, **bf16), torch.empty(L, H, I, **bf16)
-    offsets, weight = torch.zeros(L + 1, dtype=torch.int32), torch.empty(R)
-    sms = {"num_sms": 132}
-
-    def gate_up_forward(saved):
-        grouped_swiglu.grouped_gate_up(rows, weight, w13, offsets, act, saved, **sms)
-
-    return {
-        "gate_up": (grouped_swiglu, lambda: gate_up_forward(gate_up)),
-        "gate_up_inference": (grouped_swiglu, lambda: gate_up_forward(None)),
-        "down": (
-            grouped_gemm,
-            lambda: grouped_gemm.grouped_gemm(act, w2, offsets, rows, weight_is_nk=True, **sms),
-        ),
-        "swiglu_backward": (
-            grouped_swiglu,
-            lambda: grouped_swiglu.grouped_swiglu_backward(
-                rows, w2, gate_up, weight, offsets, gate_up, **sms
-            ),
-        ),
-        "drows": (
-            grouped_gemm,
-            lambda: grouped_gemm.grouped_gemm(
-                gate_up, w13, offsets, rows, weight_is_nk=False, **sms
-            ),
-        ),
-        "wgrad": (
-            grouped_wgrad,
-            lambda: grouped_wgrad.grouped_wgrad(
-                gate_up, rows, offsets, w13, accumulate=False, **sms
-            ),
-        ),
-        "wgrad_accumulate": (
-            grouped_wgrad,
-            lambda: grouped_wgrad.grouped_wgrad(
-                gate_up, rows, offsets, w13.float(), accumulate=True, **sms
-            ),
-        ),
-    }
-
-
-COMPILED = {
-    "gate_up": "gate_up_kernel",
-    "gate_up_inference": "gate_up_kernel",
-    "down": "grouped_gemm_kernel",
-    "swiglu_backward": "swiglu_backward_kernel",
-    "drows": "grouped_gemm_kernel",
-    "wgrad": "grouped_wgrad_kernel",
-    "wgrad_accumulate": "grouped_wgrad_kernel",
-}
-
-
-def compile_launch(name: str, monkeypatch):
-    module, launch = launches()[name]
-    how = dict(sizes_of_a_model=True)
-    return compile_kernel(module, COMPILED[name], launch, monkeypatch, **how)
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_kernel_compiles_for_sm_90(name, monkeypatch):
-    pytest.importorskip("triton")
-    compiled = compile_launch(name, monkeypatch)
-    check_resources("grouped_mlp", name, compiled)
-    assert resources_of(compiled)[1] == 0, "spills"
-    assert "wgmma.mma_async" in compiled.asm["ptx"]
-    # Splitting the accumulator into strips or into gate and up only renames registers. The one
-    # conversion allowed is that of the backward's row sums, 128 numbers.
-    conversions = re.findall(r"ttg.convert_layout .* -> tensor<(\S+?),", compiled.asm["ttgir"])
-    assert set(conversions) <= {"128xf32"}, conversions

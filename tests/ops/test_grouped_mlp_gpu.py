@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dualpipe_ext.ops.grouped_mlp import grouped_mlp, mlp_dgrad, mlp_forward, mlp_wgrad
-from tests.ops.test_grouped_mlp import make_problem, relative_error
+from tests.support.compare import relative_error
+from tests.support.grouped_mlp_cases import make_problem
 
 pytestmark = pytest.mark.gpu
 

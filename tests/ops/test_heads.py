@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dualpipe_ext.ops import heads as head_ops
 from dualpipe_ext.ops.heads import split_heads, tables, turn_tail
-from dualpipe_ext.ops.rotary import rotary_tables
+from tests.support.operators import rotary_tables
 
 
 def turned(x: torch.Tensor, base: float) -> torch.Tensor:
@@ -53,19 +53,6 @@ def test_after_inference_the_tables_serve_training():
     qkv = torch.randn(1, 13, 3, 4, requires_grad=True)
     split_heads(qkv, 1, base=77.0)[0].sum().backward()
     assert qkv.grad is not None
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_operators_obey_torch(backward):
-    qkv = torch.randn(1, 5, 4, 8, requires_grad=True)
-    table = torch.randn(5, 4)
-    ops = torch.ops.dualpipe_ext
-    if backward:
-        parts = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 1, 8), torch.randn(1, 5, 1, 8)
-        torch.library.opcheck(ops.join_heads, (*parts, table, table))
-    else:
-        torch.library.opcheck(ops.split_heads, (qkv, table, table, 1))
-        torch.library.opcheck(ops.turn_tail, (qkv, table, table, False))
 
 
 # ---- Tables ----

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +17,8 @@ from dualpipe_ext import compat, environment
 from dualpipe_ext.errors import KernelCompileError, MissingKernelsWarning, UncheckedVersionWarning
 from dualpipe_ext.ops import operator as operators
 from dualpipe_ext.triton_kernels.launch import available
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = {*ROOT.glob("dualpipe_ext/**/*.py"), *ROOT.glob("triton_kernels/**/*.py")}
 # integrations/: what belongs to one class of another library stays in its file.
 PACKAGE = sorted(FILES - {*ROOT.glob("dualpipe_ext/integrations/*.py")})

@@ -4,9 +4,9 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 TINY = ["--hidden", "32", "--heads", "2", "--expert-hidden", "32", "--sequence", "32"]
 SMALL_DEMO = [*TINY, "--processes", "2", "--layers", "1", "--batch", "4"]
 

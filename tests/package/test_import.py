@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import dualpipe_ext
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "triton", "numpy")
 
 
@@ -45,6 +45,16 @@ def test_layers_load_no_compiler():
     """torch._dynamo takes a second; torch.compile loads it when it is used."""
     loaded = loaded_by("import dualpipe_ext as d; d.MoELayer, d.Pipeline, d.OverlappedPair")
     assert "torch" in loaded and not loaded.intersection({"torch._dynamo", "triton"})
+
+
+def test_operators_and_public_names_need_no_triton():
+    modules = [f"dualpipe_ext.ops.{file.stem}" for file in ROOT.glob("dualpipe_ext/ops/[!_]*.py")]
+    code = f"""import sys; sys.modules["triton"] = None
+import dualpipe_ext.exchange.reference, torch, {", ".join(modules)}
+for name in dualpipe_ext.__all__: getattr(dualpipe_ext, name)
+y, *_ = torch.ops.dualpipe_ext.rms_norm(torch.ones(2, 8), None, torch.ones(8), 0.0, 0)
+assert torch.equal(y, torch.ones(2, 8))"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("name", dualpipe_ext.__all__)

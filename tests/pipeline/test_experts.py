@@ -16,7 +16,7 @@ from dualpipe_ext.gradients.delayed import delay_linears
 from dualpipe_ext.pipeline.pipeline import Pipeline
 from dualpipe_ext.pipeline.schedule import build_schedule
 from tests.support import small_transformer as small
-from tests.support.dense_moe import relative_error
+from tests.support.compare import relative_error
 from tests.support.workers import PATIENCE, SLACK
 
 CHUNK, LENGTH, BLOCKS = 2, 4, 3  # three blocks: stages of different depth, and one without

@@ -17,7 +17,7 @@ from dualpipe_ext.pipeline.transfers import Transfers
 from dualpipe_ext.ranks.agreement import Agreement
 from tests.pipeline.test_links import as_on_gpus
 from tests.pipeline.test_pipeline import WIDTH, Case, Residual, check, part_of, square_loss
-from tests.support.dense_moe import relative_error
+from tests.support.compare import relative_error
 from tests.support.workers import PATIENCE, SLACK, WorkerDiedError, WorkerPool
 
 

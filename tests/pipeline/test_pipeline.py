@@ -14,7 +14,7 @@ from dualpipe_ext.errors import DualPipeError
 from dualpipe_ext.gradients.delayed import delay_linears
 from dualpipe_ext.pipeline.pipeline import Pipeline
 from dualpipe_ext.pipeline.schedule import build_schedule
-from tests.support.dense_moe import relative_error
+from tests.support.compare import relative_error
 from tests.support.small_transformer import gradients
 from tests.support.workers import PATIENCE, SLACK, WorkerPool
 

@@ -23,7 +23,7 @@ from dualpipe_ext.pipeline.schedule import build_schedule
 from tests.blocks.test_pair_gpu import HIDDEN, LENGTH, build_stage, random_inputs
 from tests.pipeline.test_experts import split_groups
 from tests.pipeline.test_pipeline import Case, Residual, part_of
-from tests.support.dense_moe import relative_error
+from tests.support.compare import relative_error
 from tests.support.small_transformer import gradients
 from tests.support.workers import WorkerDiedError, WorkerPool
 

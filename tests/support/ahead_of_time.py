@@ -1,8 +1,9 @@
-"""Kernels compiled for sm_90 (and sm_100) without a GPU, and the tables of what each takes.
+"""Kernels compiled for sm_90 and sm_100 without a GPU, and what each may take: the launches are in
+tests/support/launches/, tests/triton_kernels/test_ahead_of_time.py holds them to the numbers here.
 
 tests/resources/triton-3.8.json holds, for that release, by group and name of a launch: registers a
-thread, bytes of stack a thread that spills take, bytes of shared memory. The tests hold kernels to
-the table of the Triton that is installed. After a change of a kernel, or for a new release:
+thread, bytes of stack a thread that spills take, bytes of shared memory. After a change of a
+kernel, or for a new release:
 
     python -m tests.support.ahead_of_time           # prints what differs from the table
     python -m tests.support.ahead_of_time --write    # writes it
@@ -10,15 +11,19 @@ the table of the Triton that is installed. After a change of a kernel, or for a 
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+
+from tests.support.launches import LAUNCHES, Launch
 
 SHARED_LIMIT = 227 * 1024  # bytes of a thread block
 TYPES = {
@@ -32,14 +37,10 @@ TYPES = {
 
 
 class AheadOfTime:
-    """Stands in for a kernel: compiles what a launch would.
+    """Stands in for the kernel of a launch: compiles what that would."""
 
-    `sizes_of_a_model`: integers may be specialized, since all are sizes that a model has once.
-    """
-
-    def __init__(self, kernel, sizes_of_a_model=False):
-        self.kernel, self.compiled = kernel, None
-        self.sizes_of_a_model = sizes_of_a_model
+    def __init__(self, kernel, launch: Launch):
+        self.kernel, self.launch, self.compiled = kernel, launch, None
 
     def __getitem__(self, grid):
         return self
@@ -68,12 +69,12 @@ class AheadOfTime:
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:
-                free = parameter.do_not_specialize or self.sizes_of_a_model
+                free = parameter.do_not_specialize or self.launch.sizes_of_a_model
                 assert free, f"{name} would compile every value"
                 signature[name] = "i32"
         source = GluonASTSource if self.kernel.is_gluon() else ASTSource
         source = source(self.kernel, signature, constants, attributes)
-        target = compiler.GPUTarget("cuda", 90, 32)
+        target = compiler.GPUTarget("cuda", self.launch.arch, 32)
         options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}
         self.compiled = compile(source, target=target, options=options)
 
@@ -85,13 +86,20 @@ class Ignored:
         return lambda *arguments, **constants: None
 
 
-def compile_kernel(module, kernel: str, launch, monkeypatch, **options):
-    """What `launch()` has `module.kernel` compile to; its other kernels do nothing."""
-    ahead = AheadOfTime(getattr(module, kernel), **options)
-    for other in [name for name in vars(module) if name.endswith("_kernel")]:
-        monkeypatch.setattr(module, other, Ignored())
-    monkeypatch.setattr(module, kernel, ahead)
-    launch()
+def kernel_of(launch: Launch):
+    """The kernel, and its module."""
+    module, _, kernel = launch.kernel.rpartition(".")
+    module = importlib.import_module(f"dualpipe_ext.triton_kernels.{module}")
+    return getattr(module, kernel), module
+
+
+def compile_launch(launch: Launch):
+    """What `launch` has its kernel compile to; the module's other kernels do nothing."""
+    kernel, module = kernel_of(launch)
+    ahead = AheadOfTime(kernel, launch)
+    fakes = {name: Ignored() for name in vars(module) if name.endswith("_kernel")}
+    with mock.patch.multiple(module, **fakes | {launch.kernel.rpartition(".")[2]: ahead}):
+        launch.call()
     return ahead.compiled
 
 
@@ -127,45 +135,24 @@ def read_table() -> dict[str, dict[str, list[int]]]:
     return json.loads(path.read_text())
 
 
-def check_resources(group: str, name: str, compiled) -> None:
-    """No more of anything than the table says."""
-    found, allowed = resources_of(compiled), read_table()[group][name]
+def check_resources(launch: Launch, compiled) -> tuple[int, int, int]:
+    """No more of anything than the table says; what it is."""
+    found, allowed = resources_of(compiled), read_table()[launch.group][launch.name]
     assert all(a <= b for a, b in zip(found, allowed, strict=True)), (found, allowed)
     assert found[2] <= SHARED_LIMIT
-
-
-def compilers() -> dict:
-    """By group: names, and what compiles the launch of a name with a monkeypatch."""
-    from tests.ops import test_grouped_mlp
-    from tests.support import attention_kernels as flash_attention_kernels
-    from tests.support import block_ops_kernels, grouped_hopper_kernels, grouped_wgrad_kernels
-    from tests.triton_kernels import test_ahead_of_time, test_expert_rows, test_grouped_fp8
-
-    return {
-        "attention": (flash_attention_kernels.LAUNCHES, flash_attention_kernels.compile_launch),
-        "block_ops": (block_ops_kernels.LAUNCHES, block_ops_kernels.compile_launch),
-        "expert_rows": (test_expert_rows.COMPILED, test_expert_rows.compile_launch),
-        "grouped_fp8": (test_grouped_fp8.COMPILED, test_grouped_fp8.compile_launch),
-        "grouped_hopper": (grouped_hopper_kernels.LAUNCHES, grouped_hopper_kernels.compile_launch),
-        "grouped_mlp": (test_grouped_mlp.launches(), test_grouped_mlp.compile_launch),
-        "grouped_wgrad": (grouped_wgrad_kernels.CONFIGS, grouped_wgrad_kernels.compile_launch),
-        "sm_100": (test_ahead_of_time.COMPILED, test_ahead_of_time.compile_launch),
-    }
+    return found
 
 
 def main() -> None:
     path, write = table_path(), "--write" in sys.argv
     before = json.loads(path.read_text()) if path.exists() else {}
     table: dict[str, dict[str, list[int]]] = {}
-    for group, (names, compile_launch) in compilers().items():
-        table[group] = {}
-        for name in names:
-            with pytest.MonkeyPatch.context() as monkeypatch:
-                found = resources_of(compile_launch(name, monkeypatch))
-            table[group][name] = list(found)
-            allowed = before.get(group, {}).get(name)
-            if allowed != list(found):
-                print(f"{group}: {name}: {allowed} -> {list(found)}", flush=True)
+    for launch in LAUNCHES:
+        found = list(resources_of(compile_launch(launch)))
+        table.setdefault(launch.group, {})[launch.name] = found
+        allowed = before.get(launch.group, {}).get(launch.name)
+        if allowed != found:
+            print(f"{launch}: {allowed} -> {found}", flush=True)
     if write:
         text = json.dumps(table, indent=1, ensure_ascii=False)
         text = re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text)

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 
+from tests.support import ROOT
+from tests.support.compare import relative_error
 from tests.support.gluon_emulator import emulate
 
-KERNELS = Path(__file__).resolve().parents[2] / "triton_kernels"
 NAN = float("nan")
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -28,13 +28,10 @@ CASES = {
 }
 
 
-def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+def error_of(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Against numbers around 1: where a query sees one key, dq is exactly 0 and ours is a rest; the
     key's dk adds up the rests of all its queries, 5.6e-7 of 58."""
-    value, reference = value.detach().double(), reference.double()
-    return float(
-        (value - reference).norm() / reference.norm().clamp_min(0.2 * max(1, value.numel()) ** 0.5)
-    )
+    return relative_error(value, reference, floor=0.2)
 
 
 def one_query(q, k, v, scale):
@@ -126,7 +123,8 @@ class Problem:
 @cache
 def kernels() -> SimpleNamespace:
     names = ("delta", "forward", "backward", "backward_query")
-    modules = emulate(KERNELS, *(f"attention.{name}" for name in names), "launch.sm_sharing")
+    paths = [f"attention.{name}" for name in names]
+    modules = emulate(ROOT / "triton_kernels", *paths, "launch.sm_sharing")
     return SimpleNamespace(**dict(zip((*names, "sm_sharing"), modules, strict=True)))
 
 

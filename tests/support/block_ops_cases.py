@@ -1,6 +1,6 @@
 """References in fp64 for the rest of a block, on the operators' device, and checks against them.
 
-test_block_ops.py runs the checks on plain torch, tests/gpu/test_block_ops.py on a GPU. As a program
+tests/ops/test_block_ops.py runs the checks on plain torch and on a GPU. As a program
 this runs them on the kernels in Triton's interpreter, in fp32 and fp16 (its bf16 arithmetic is
 wrong): a child of test_block_ops.py, because TRITON_INTERPRET=1 has to be set before Triton is
 imported.
@@ -13,11 +13,15 @@ from unittest import mock
 import torch
 
 from dualpipe_ext.moe.router import Router
-from dualpipe_ext.ops.cross_entropy import cross_entropy
-from dualpipe_ext.ops.norm import rms_norm
-from dualpipe_ext.ops.rotary import rotary, rotary_, rotary_tables
-from dualpipe_ext.ops.route import route
-from dualpipe_ext.ops.swiglu import swiglu
+from tests.support.operators import (
+    cross_entropy,
+    rms_norm,
+    rotary,
+    rotary_,
+    rotary_tables,
+    route,
+    swiglu,
+)
 
 TOLERANCE = {
     torch.float64: 1e-12,
@@ -366,6 +370,19 @@ def route_in_parts(*arguments, num_sms, **how):
             return dx / up, dw / up, None
 
     return Parts.apply(*arguments)
+
+
+# ---- All of them ----
+
+
+def block(x, weight, gate, head, cos, sin, targets, topk=2):
+    """What is between the matrix products of a block and behind the last."""
+    normed, x = rms_norm(x, weight, residual=x)
+    turned = rotary(normed.unflatten(1, (-1, 2 * cos.shape[1])), cos, sin).flatten(1)
+    x = x + swiglu(torch.cat((turned, x), dim=1))
+    _, topk_weight, probability_sum, _ = route(turned, gate, None, topk=topk)
+    x = x + topk_weight.sum(1, keepdim=True) * turned + probability_sum.sum()
+    return cross_entropy(x @ head, targets)
 
 
 # ---- In the interpreter ----

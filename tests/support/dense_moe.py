@@ -21,10 +21,3 @@ def dense_moe(x, topk_idx, topk_weight, w13, w2):
 def swiglu(x, w13, w2):
     gate, up = F.linear(x, w13).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, w2)
-
-
-def relative_error(found, expected):
-    """‖found − expected‖ / ‖expected‖ in float64; 0 when both are zero or empty."""
-    found, expected = found.double(), expected.double()
-    difference = (found - expected).norm().item()
-    return difference / expected.norm().item() if difference else 0.0

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dualpipe_ext import Exchange
+from tests.support.compare import relative_error
 
 ROUTINGS = ("uniform", "one_rank", "self", "empty_rank", "dropped", "hot_expert")
 
@@ -121,12 +122,6 @@ def expected_combine(
         y.index_add_(0, token, case.expert_out(expert_rank, plan.rows)[slots].double())
         topk_weight[token, k] = case.row_weight(expert_rank, plan.rows)[slots]
     return y, topk_weight
-
-
-def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    if expected.norm() == 0:
-        return float(out.norm())
-    return float((out.double().cpu() - expected).norm() / expected.norm())
 
 
 def poison(exchange: Exchange, *shapes: tuple[int, ...]) -> None:

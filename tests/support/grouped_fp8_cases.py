@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 
 from dualpipe_ext.ops.fp8 import quantize_rows
+from tests.support.compare import relative_error
 
 E4M3 = torch.float8_e4m3fn
 NAN = float("nan")
@@ -94,11 +95,6 @@ def make_problem(counts, N: int, K: int, spare: int = 0, device: str = "cpu") ->
     q_rows, row_scale = quantize_rows(rows)
     q_weight, weight_scale = quantize_squares(weight)
     return Problem(rows, weight, offsets, q_rows, row_scale.T.contiguous(), q_weight, weight_scale)
-
-
-def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
-    value, reference = value.double(), reference.double()
-    return float((value - reference).norm() / reference.norm())
 
 
 def check_quantizers(rows: torch.Tensor, weight: torch.Tensor, problem: Problem) -> None:

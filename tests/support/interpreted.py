@@ -4,11 +4,10 @@ before Triton is imported, so each is a child process."""
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
 
 
 def run_interpreted(module: str) -> list[str]:

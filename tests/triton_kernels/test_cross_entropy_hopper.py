@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from dualpipe_ext.ops.cross_entropy import CrossEntropyOptions, losses
-from tests.ops.test_grouped_mlp import ROOT
-from tests.support import gluon_emulator
+from tests.support import ROOT, gluon_emulator
 from tests.support.block_ops_cases import drawn
 
 

@@ -1,11 +1,5 @@
-"""The row kernels without a GPU, in Triton's interpreter and ahead of time for sm_90; fp8 rows; and
-the reference backend's exchange of unique rows, which the kernels complete."""
-
-import re
-import subprocess
-import sys
-from functools import partial
-from pathlib import Path
+"""The row kernels without a GPU, in Triton's interpreter; fp8 rows; and the reference backend's
+exchange of unique rows, which the kernels complete."""
 
 import pytest
 import torch
@@ -14,20 +8,16 @@ from dualpipe_ext import RowsOverflowError
 from dualpipe_ext.exchange.plan import RoutingLayout
 from dualpipe_ext.exchange.reference import ReferenceBackend
 from dualpipe_ext.ops.fp8 import dequantize_rows, quantize_rows
-from tests.support.ahead_of_time import check_resources, compile_kernel, resources_of
+from tests.support.compare import relative_error
 from tests.support.exchange_cases import (
     ROUTINGS,
     Case,
     combine,
     dispatch,
     expected_plan,
-    relative_error,
 )
 from tests.support.expert_rows_cases import CASES
 from tests.support.interpreted import run_interpreted
-
-ROOT = Path(__file__).resolve().parents[2]
-
 
 # ---- fp8 ----
 
@@ -195,114 +185,6 @@ def test_interpreter_equals_the_loops():
     assert run_interpreted("tests.support.expert_rows_cases") == [f"ok {name}" for name in CASES]
 
 
-def launch(name, dtype=torch.bfloat16, H=7168, K=8, P=4, fp8=False, weighted=True):
-    """Calls kernel `name`; only shapes and dtypes of the tensors matter."""
-    from dualpipe_ext.triton_kernels.experts import rows as kernels
-
-    T, L, R = 64, 8, 1024
-
-    def table(*shape):
-        return torch.zeros(shape, dtype=torch.int32)
-
-    rows, x = torch.empty(R, H, dtype=dtype), torch.empty(T, H, dtype=dtype)
-    boxes, routes = torch.empty(P, T, H, dtype=dtype), table(P, T, K)
-    counts, send = table(P), table(T, P)
-    of_rows, of_tokens, of_boxes = torch.empty(R), torch.empty(T, K), torch.empty(P, T, K)
-    scales = torch.empty(P, T, -(-H // 128)) if fp8 else None
-    unique = boxes.to(torch.float8_e4m3fn) if fp8 else boxes
-    arguments, weights = {
-        "expand": (
-            (unique, routes, counts, table(L + 1), table(L), rows),
-            dict(topk_weight=of_boxes, row_weight=of_rows),
-        ),
-        "sum_per_rank": (
-            (rows, routes, counts, boxes),
-            dict(row_weight=of_rows, sum_weight=of_boxes),
-        ),
-        "sum_at_home": (
-            (boxes, send, x),
-            dict(
-                topk_idx=table(T, K),
-                received_weight=of_boxes,
-                topk_weight=of_tokens,
-                num_local_experts=L,
-            ),
-        ),
-    }[name]
-    options = (weights if weighted else {}) | (dict(scales=scales) if fp8 else {})
-    getattr(kernels, name)(*arguments, num_sms=132, **options)
-
-
-LAUNCHES = {
-    "as in the target": {},
-    "without weights": dict(weighted=False),
-    "H 2048, top-8, 8 ranks": dict(H=2048, P=8),
-    "H 136": dict(H=136),
-    "top-10, two ranks": dict(H=2048, K=10, P=2),
-    "top-32": dict(K=32, P=8),
-    "fp32": dict(dtype=torch.float32),
-}
-
-
-COMPILED = {
-    f"{name}: {case}": (name, options)
-    for name in ("expand", "sum_per_rank", "sum_at_home")
-    for case, options in LAUNCHES.items()
-} | {f"expand: fp8, H {H}": ("expand", dict(fp8=True, H=H)) for H in (136, 7168)}
-
-
-def compile_launch(case: str, monkeypatch):
-    from dualpipe_ext.triton_kernels.experts import rows as kernels
-
-    name, options = COMPILED[case]
-    call = partial(launch, name, **options)
-    return compile_kernel(kernels, f"{name}_kernel", call, monkeypatch)
-
-
-@pytest.mark.parametrize("case", COMPILED)
-def test_kernel_compiles_for_sm_90(case, monkeypatch):
-    """Nothing spilled, 16 bytes at a time, no barrier that would hold warps together."""
-    pytest.importorskip("triton")
-    compiled, (name, options) = compile_launch(case, monkeypatch), COMPILED[case]
-    check_resources("expert_rows", case, compiled)
-    _, spilled, shared = resources_of(compiled)
-    ptx = compiled.asm["ptx"]
-    assert spilled == shared == 0 and "bar.sync" not in ptx
-    assert "convert_layout" not in compiled.asm["ttgir"]
-    assert "st.global.v4.b32" in ptx
-    assert ("ld.global.v2.b32" if options.get("fp8") else "ld.global.v4.b32") in ptx
-    wanted = {"sum_per_rank": options.get("K", 8), "sum_at_home": options.get("P", 4)}
-    if name in wanted:
-        assert loads_before_the_first_addition(ptx) == wanted[name]
-
-
-def loads_before_the_first_addition(ptx: str) -> int:
-    """All of them, in a block of their own: ptxas mixes loads and additions of one block.
-
-    LLVM makes a bf16 addition of two bf16 rows, which is exactly their fp32 sum, rounded.
-    """
-    before = ptx[: re.search(r"add(\.rn)?\.(f32|bf16x2)", ptx).start()]
-    after = ptx[len(before) :]
-    assert "ld.global.v4" not in after
-    assert re.search(r"\n\s*(@%p\d+ )?bra", before[before.rindex("ld.global.v4") :])
-    return before.count("ld.global.v4.b32")
-
-
-def test_sizes_share_one_compilation():
-    """Every integer of a launch is left unspecialised, and so is the alignment of every table."""
-    pytest.importorskip("triton")
-    from dualpipe_ext.triton_kernels.experts import rows as kernels
-
-    for name in ("expand", "sum_per_rank", "sum_at_home"):
-        for parameter in getattr(kernels, f"{name}_kernel").params:
-            if parameter.name.endswith("_ptr"):
-                assert not parameter.do_not_specialize
-            elif parameter.name.endswith("_table"):
-                assert parameter.do_not_specialize_on_alignment
-            else:
-                assert parameter.do_not_specialize != parameter.is_constexpr, parameter.name
-
-
 @pytest.mark.parametrize(
     "rows",
     [
@@ -319,8 +201,3 @@ def test_rows_that_16_bytes_do_not_fit_are_refused(rows):
 
     with pytest.raises(ValueError, match=r"width \d+ with strides .* multiples of 8"):
         vector_strides(rows)
-
-
-def test_import_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import dualpipe_ext.exchange.reference"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

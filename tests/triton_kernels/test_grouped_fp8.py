@@ -1,28 +1,21 @@
-"""The fp8 GEMM without a GPU: run by the emulator, its quantising kernels by Triton's interpreter,
-and all compiled ahead of time for sm_90."""
+"""The fp8 GEMM without a GPU: run by the emulator, its quantising kernels by Triton's
+interpreter."""
 
-import re
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support.ahead_of_time import check_resources, compile_kernel
+from tests.support import ROOT
+from tests.support.compare import relative_error
 from tests.support.gluon_emulator import emulate
 from tests.support.grouped_fp8_cases import (
     CASES,
-    E4M3,
     INTERPRETED,
     NAN,
     make_problem,
-    relative_error,
 )
 from tests.support.interpreted import run_interpreted
-
-ROOT = Path(__file__).resolve().parents[2]
-
-COMPILED = ("gemm, forward", "gemm, backward", "rows", "weights", "swiglu", "swiglu backward")
 
 
 @cache
@@ -80,78 +73,3 @@ def test_interpreter_equals_plain_torch():
     assert run_interpreted("tests.support.grouped_fp8_cases") == [
         f"ok {name}" for name in INTERPRETED
     ]
-
-
-# ---- Compiled ----
-
-
-def compile_launch(name: str, monkeypatch):
-    from dualpipe_ext.triton_kernels.experts import fp8_gemm as grouped_fp8
-    from dualpipe_ext.triton_kernels.experts import fp8_swiglu as grouped_fp8_swiglu
-    from dualpipe_ext.triton_kernels.experts import quantize
-
-    bf16, offsets = dict(dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int32)
-    rows, weight = torch.empty(256, 256, **bf16), torch.empty(2, 512, 256, **bf16)
-    gemm = name.startswith("gemm")
-    module = grouped_fp8 if gemm else grouped_fp8_swiglu if "swiglu" in name else quantize
-    kernel = f"{name}_kernel" if "swiglu" in name else f"quantize_{name}_kernel"
-    kernel = "grouped_fp8_kernel" if gemm else kernel.replace(" ", "_")
-
-    def launch():
-        if gemm:
-            grouped_fp8.grouped_fp8_gemm(
-                rows.to(E4M3),
-                torch.empty(2, 256),
-                weight.to(E4M3),
-                torch.empty(2, 4, 2),
-                offsets,
-                torch.empty(256, 512, **bf16),
-                num_sms=132,
-                config=getattr(grouped_fp8, name.split()[-1].upper()),
-            )
-        elif name == "swiglu":
-            grouped_fp8_swiglu.swiglu(rows, torch.empty(256), offsets, num_sms=132)
-        elif name == "swiglu backward":
-            act, how = rows[:, :128].contiguous(), dict(num_sms=132)
-            tensors = (act, rows, torch.empty(256), offsets, rows, act)
-            grouped_fp8_swiglu.swiglu_backward(*tensors, **how)
-        elif name == "rows":
-            quantize.quantize_rows(rows, offsets, num_sms=132)
-        else:
-            quantize.quantize_weights(weight)
-
-    return compile_kernel(module, kernel, launch, monkeypatch)
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_kernel_compiles_for_sm_90(name, monkeypatch):
-    pytest.importorskip("triton")
-    compiled = compile_launch(name, monkeypatch)
-    check_resources("grouped_fp8", name, compiled)
-    ptx = compiled.asm["ptx"]
-    if name.startswith("gemm"):
-        assert "setmaxnreg.inc" in ptx and "cp.async.bulk.tensor" in ptx
-        # Four products of 32 for 128 of K, in two halves, in two warpgroups; the first of each four
-        # starts at zero, and the sums of two never meet but in fp32.
-        products = re.findall(r"wgmma\.mma_async\.\S+", ptx)
-        assert products == ["wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"] * 16
-        # Layout changes rename registers.
-        assert "convert_layout" not in compiled.asm["ttgir"]
-    else:
-        # 16 bytes at a time; SwiGLU's loads go through shared memory, a tile ahead.
-        load = "cp.async.cg.shared.global" if "swiglu" in name else "ld.global.v4.b32"
-        assert load in ptx and "st.global.v4.b32" in ptx
-
-
-def test_sizes_share_one_compilation():
-    pytest.importorskip("triton")
-    from dualpipe_ext.triton_kernels.experts import fp8_gemm as grouped_fp8
-    from dualpipe_ext.triton_kernels.experts import fp8_swiglu as grouped_fp8_swiglu
-    from dualpipe_ext.triton_kernels.experts import quantize
-
-    kernels = (quantize.quantize_rows_kernel, quantize.quantize_weights_kernel)
-    kernels += (grouped_fp8_swiglu.swiglu_kernel, grouped_fp8_swiglu.swiglu_backward_kernel)
-    for kernel in (grouped_fp8.grouped_fp8_kernel, *kernels):
-        for parameter in kernel.params:
-            if not parameter.name.endswith(("_ptr", "_desc")):
-                assert parameter.do_not_specialize != parameter.is_constexpr, parameter.name

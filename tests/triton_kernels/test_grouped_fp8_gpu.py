@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.support.compare import relative_error
 from tests.support.grouped_fp8_cases import (
     CASES,
     NAN,
@@ -10,7 +11,6 @@ from tests.support.grouped_fp8_cases import (
     check_swiglu,
     make_problem,
     make_swiglu,
-    relative_error,
 )
 
 pytestmark = [

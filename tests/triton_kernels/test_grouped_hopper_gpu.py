@@ -6,7 +6,8 @@ import torch
 
 from dualpipe_ext.triton_kernels.experts.gemm import grouped_gemm
 from dualpipe_ext.triton_kernels.experts.swiglu import grouped_gate_up, grouped_swiglu_backward
-from tests.ops.test_grouped_mlp import make_problem, relative_error
+from tests.support.compare import relative_error
+from tests.support.grouped_mlp_cases import make_problem
 from tests.triton_kernels.test_grouped_hopper import by_hand
 
 pytestmark = [

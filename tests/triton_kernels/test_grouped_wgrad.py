@@ -1,5 +1,4 @@
-"""The weight gradient's Hopper kernel without a GPU: emulated against fp64 arithmetic, and compiled
-for sm_90."""
+"""The weight gradient's Hopper kernel without a GPU: emulated against fp64 arithmetic."""
 
 import math
 from functools import cache
@@ -7,9 +6,9 @@ from functools import cache
 import pytest
 import torch
 
-from tests.ops.test_grouped_mlp import ROOT, relative_error
-from tests.support.ahead_of_time import check_resources
-from tests.support.grouped_wgrad_kernels import CONFIGS, compile_launch, configuration
+from tests.support import ROOT
+from tests.support.compare import relative_error
+from tests.support.launches.hopper import WGRADS, wgrad_configuration
 
 NAN = math.nan
 
@@ -61,11 +60,11 @@ def emulated():
     return module
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", WGRADS)
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_equals_fp64(case, config):
     *sizes, num_sms = CASES[case]
-    accumulate, dtype, config = configuration(config, emulated())
+    accumulate, dtype, config = wgrad_configuration(config, emulated())
     y, x, offsets = make_problem(*sizes)
     want = expected(y, x, offsets)
     if accumulate:
@@ -130,26 +129,3 @@ def test_the_emulated_kernel_can_fail():
             )
     finally:
         module.fence_async_shared = fence_async_shared
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_kernel_compiles_for_sm_90(name, monkeypatch):
-    pytest.importorskip("triton")
-    compiled = compile_launch(name, monkeypatch)
-    check_resources("grouped_wgrad", name, compiled)
-    ptx = compiled.asm["ptx"]
-    assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16" in ptx and "setmaxnreg.inc" in ptx
-    from dualpipe_ext.triton_kernels.experts import wgrad_hopper as grouped_wgrad_hopper
-
-    accumulate, _, config = configuration(name, grouped_wgrad_hopper)
-    assert ("cp.reduce.async.bulk.tensor" in ptx) == accumulate
-    assert ("cp.async.bulk.prefetch.L2" in ptx) == config.prefetch
-
-
-def test_sizes_share_one_compilation():
-    pytest.importorskip("triton")
-    from dualpipe_ext.triton_kernels.experts.wgrad_hopper import grouped_wgrad_hopper_kernel
-
-    for parameter in grouped_wgrad_hopper_kernel.params:
-        if not parameter.name.endswith(("_ptr", "_table", "_desc")):
-            assert parameter.do_not_specialize != parameter.is_constexpr, parameter.name

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dualpipe_ext.triton_kernels.experts.wgrad import grouped_wgrad
-from tests.support.grouped_wgrad_kernels import configuration
+from tests.support.launches.hopper import wgrad_configuration
 from tests.triton_kernels.test_grouped_wgrad import (
     CASES,
     NAN,
@@ -28,7 +28,7 @@ FP32 = 1e-4
 def configured(name):
     from dualpipe_ext.triton_kernels.experts import wgrad_hopper as grouped_wgrad_hopper
 
-    return configuration(name, grouped_wgrad_hopper)
+    return wgrad_configuration(name, grouped_wgrad_hopper)
 
 
 def run(problem, dw, accumulate=True, num_sms=132, config=None):

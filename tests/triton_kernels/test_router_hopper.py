@@ -5,9 +5,9 @@ from functools import cache
 import pytest
 import torch
 
-from tests.ops.test_grouped_mlp import ROOT, relative_error
-from tests.support import gluon_emulator
+from tests.support import ROOT, gluon_emulator
 from tests.support.block_ops_cases import drawn
+from tests.support.compare import relative_error
 from tests.support.gluon_values import Tensor
 
 BF16 = torch.bfloat16

@@ -12,8 +12,8 @@ from dualpipe_ext.triton_kernels.launch.sm_sharing import (
     program_limit,
     tile_counter,
 )
-from tests.ops.test_grouped_mlp import make_problem
 from tests.ops.test_grouped_mlp_gpu import on_gpu, run
+from tests.support.grouped_mlp_cases import make_problem
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,18 +1,34 @@
-"""Runs the grouped MLP's kernels in Triton's interpreter; test_grouped_mlp.py starts it as a child.
+"""The grouped MLP's problems; and, as a program, its kernels in Triton's interpreter.
 
-TRITON_INTERPRET=1 has to be set before Triton is imported, hence a process of its own. fp32 and
-fp16 only: the interpreter's bf16 arithmetic is wrong.
+test_grouped_mlp.py starts the program as a child: TRITON_INTERPRET=1 has to be set before Triton is
+imported. fp32 and fp16 only: the interpreter's bf16 arithmetic is wrong.
 """
 
 import torch
-from triton.runtime import interpreter
 
 from dualpipe_ext.ops.grouped_mlp import mlp_dgrad, mlp_forward, mlp_wgrad
-from tests.ops.test_grouped_mlp import make_problem, relative_error
+from tests.support.compare import relative_error
+
+
+def make_problem(counts, H, I, dtype, spare=0):  # noqa: E741
+    """Random tensors for experts of `counts` real rows each, every expert padded to 128 rows."""
+    aligned = [-(-count // 128) * 128 for count in counts]
+    offsets = torch.tensor([0, *aligned]).cumsum(0).to(torch.int32)
+    R, L = sum(aligned) + spare, len(counts)
+    real = torch.zeros(R, dtype=torch.bool)
+    for start, count in zip(offsets.tolist(), counts, strict=False):
+        real[start : start + count] = True
+    rows, dout = (torch.randn(R, H).to(dtype) * real[:, None] for _ in range(2))
+    row_weight = torch.rand(R, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    w13 = (torch.randn(L, 2 * I, H) / H**0.5).to(dtype)
+    w2 = (torch.randn(L, H, I) / I**0.5).to(dtype)
+    return (rows, row_weight * real, w13, w2, offsets), dout
 
 
 def _reduce(self, kind, desc, value, indices):
     """TMA's add, which Triton 3.6's interpreter lacks."""
+    from triton.runtime import interpreter
+
     pointers, mask = desc.materialize_pointers(indices)
     old = self.create_masked_load(pointers, mask, None, None, None, False)
     total = interpreter.TensorHandle(old.data + value.data, value.dtype)
@@ -43,6 +59,8 @@ def run(problem, dout, implementation: str, num_sms: int) -> dict[str, torch.Ten
 
 
 def main() -> None:
+    from triton.runtime import interpreter
+
     if not hasattr(interpreter.InterpreterBuilder, "create_descriptor_reduce"):
         interpreter.InterpreterBuilder.create_descriptor_reduce = _reduce
     torch.manual_seed(0)

@@ -1,13 +1,13 @@
-"""Every kernel of the rest of a block as launches, to compile for sm_90."""
+"""The kernels of the rest of a block: elementwise ones, the loss, the router."""
 
 from __future__ import annotations
 
-import importlib
+from functools import partial
 from unittest import mock
 
 import torch
 
-from tests.support import ahead_of_time
+from tests.support.launches.launch import Launch
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -123,123 +123,76 @@ def _route_backward(E=64, K=8, sigmoid=False, dtype=BF16, hopper=False):
 
 
 DEEPSEEK = dict(E=256, groups=8, keep=4, sigmoid=True)
-# The module and kernel that has to compile, what launches it, options.
-LAUNCHES = {
-    "rms_norm": ("elementwise.norm", "rms_norm_kernel", _norm, {}),
-    "rms_norm, H 128": ("elementwise.norm", "rms_norm_kernel", _norm, dict(H=128, residual=False)),
-    "rms_norm, H 16384, fp32": (
-        "elementwise.norm",
-        "rms_norm_kernel",
-        _norm,
-        dict(H=16384, dtype=FP32),
-    ),
-    "rms_norm_backward": ("elementwise.norm", "rms_norm_backward_kernel", _norm_backward, {}),
-    "rms_norm_backward, H 16384, fp32": (
-        "elementwise.norm",
-        "rms_norm_backward_kernel",
-        _norm_backward,
-        dict(H=16384, dtype=FP32),
-    ),
-    "add_parts": ("elementwise.norm", "add_parts_kernel", _norm_backward, {}),
-    "rotary": ("elementwise.rotary", "rotary_kernel", _rotary, {}),
-    "rotary, interleaved, 5 heads": (
-        "elementwise.rotary",
-        "rotary_kernel",
-        _rotary,
-        dict(heads=5, D=192, interleaved=True, positions=True),
-    ),
-    "swiglu": ("elementwise.swiglu", "swiglu_kernel", _swiglu, {}),
-    "swiglu, D 40, fp32": ("elementwise.swiglu", "swiglu_kernel", _swiglu, dict(D=40, dtype=FP32)),
-    "swiglu_backward": ("elementwise.swiglu", "swiglu_backward_kernel", _swiglu_backward, {}),
-    "swiglu_backward, fp32": (
-        "elementwise.swiglu",
-        "swiglu_backward_kernel",
-        _swiglu_backward,
-        dict(dtype=FP32),
-    ),
-    "cross_entropy, in place": ("elementwise.cross_entropy", "row_loss_kernel", _loss, {}),
-    "cross_entropy": ("elementwise.cross_entropy", "row_loss_kernel", _loss, dict(gradient=False)),
-    "cross_entropy, in place, V 129280": (
-        "elementwise.cross_entropy",
-        "long_row_loss_kernel",
-        _loss,
-        dict(V=129280),
-    ),
-    "cross_entropy, V 129280": (
-        "elementwise.cross_entropy",
-        "long_row_loss_kernel",
-        _loss,
-        dict(V=129280, gradient=False),
-    ),
-    "cross_entropy, a row a warp": (
-        "elementwise.cross_entropy_hopper",
-        "loss_kernel",
-        _loss_hopper,
-        {},
-    ),
-    "cross_entropy_gradient": ("elementwise.cross_entropy", "gradient_kernel", _loss_gradient, {}),
-    "scale_rows": ("elementwise.cross_entropy", "scale_rows_kernel", _scale_rows, {}),
-    "route": ("routing.route", "route_kernel", _route, {}),
-    "route, fp32": ("routing.route", "route_kernel", _route, dict(dtype=FP32)),
-    "route, E 128, fp32": ("routing.route", "route_kernel", _route, dict(E=128, dtype=FP32)),
-    "route, DeepSeek-V3": ("routing.route", "route_kernel", _route, DEEPSEEK),
-    "route, E 512, K 32, fp32": (
-        "routing.route",
-        "route_kernel",
-        _route,
-        dict(E=512, K=32, dtype=FP32),
-    ),
-    "split_weight": ("routing.logits_hopper", "split_weight_kernel", _logits_hopper, {}),
-    "pad_weight": (
-        "routing.logits_hopper",
-        "split_weight_kernel",
-        _logits_hopper,
-        dict(E=15, dtype=BF16),
-    ),
-    "choose": ("routing.choice", "choose_kernel", _choose, {}),
-    "choose, E 128": ("routing.choice", "choose_kernel", _choose, dict(E=128)),
-    "choose, DeepSeek-V3": ("routing.choice", "choose_kernel", _choose, DEEPSEEK),
-    "d_logits": ("routing.backward", "d_logits_kernel", _route_backward, dict(E=256)),
-    "d_logits, rounded": (
-        "routing.backward",
-        "d_logits_kernel",
-        _route_backward,
-        dict(hopper=True),
-    ),
-    "d_logits, rounded, DeepSeek-V3": (
-        "routing.backward",
-        "d_logits_kernel",
-        _route_backward,
-        dict(E=256, sigmoid=True, hopper=True),
-    ),
-} | {
-    f"route_backward, E {E}" + (", fp32" if dtype == FP32 else ""): (
-        "routing.backward",
-        "route_backward_kernel",
-        _route_backward,
-        dict(E=E, dtype=dtype),
-    )
-    for dtype in (BF16, FP32)
-    for E in (64, 128, 256, 512)
-    if (E, dtype) != (128, FP32)
-}
-HOPPER = {
-    "route": ("routing.logits_hopper", "logits_hopper_kernel", _logits_hopper),
-    "route_backward": ("routing.backward_hopper", "gradients_hopper_kernel", _gradients_hopper),
-}
-LAUNCHES |= {
-    f"{name}, Hopper, E {E}": (*launch, dict(E=E))
-    for name, launch in HOPPER.items()
-    for E in (15, 64, 128, 256)
-}
-LAUNCHES |= {
-    f"route, Hopper, E {E}, weight bf16": (*HOPPER["route"], dict(E=E, dtype=BF16))
-    for E in (64, 128, 256)
-}
+NORM, ROTARY, SWIGLU = (f"elementwise.{name}" for name in ("norm", "rotary", "swiglu"))
+LOSS, LOSS_HOPPER = "elementwise.cross_entropy", "elementwise.cross_entropy_hopper"
+BACKWARD, LOGITS_HOPPER = "routing.backward", "routing.logits_hopper"
 
 
-def compile_launch(name: str, monkeypatch):
-    """The compiled kernel of a launch in LAUNCHES."""
-    module, kernel, launch, options = LAUNCHES[name]
-    module = importlib.import_module(f"dualpipe_ext.triton_kernels.{module}")
-    return ahead_of_time.compile_kernel(module, kernel, lambda: launch(**options), monkeypatch)
+def block_ops():
+    def launch(name, kernel, call, also_sm_100=False, **options):
+        return Launch("block_ops", name, kernel, partial(call, **options), also_sm_100)
+
+    long = dict(H=16384, dtype=FP32)
+    norm, backward = f"{NORM}.rms_norm_kernel", f"{NORM}.rms_norm_backward_kernel"
+    yield launch("rms_norm", norm, _norm, True)
+    yield launch("rms_norm, H 128", norm, _norm, H=128, residual=False)
+    yield launch("rms_norm, H 16384, fp32", norm, _norm, **long)
+    yield launch("rms_norm_backward", backward, _norm_backward, True)
+    yield launch("rms_norm_backward, H 16384, fp32", backward, _norm_backward, **long)
+    yield launch("add_parts", f"{NORM}.add_parts_kernel", _norm_backward, True)
+
+    rotary, odd = f"{ROTARY}.rotary_kernel", dict(interleaved=True, positions=True)
+    yield launch("rotary", rotary, _rotary, True)
+    yield launch("rotary, interleaved, 5 heads", rotary, _rotary, heads=5, D=192, **odd)
+
+    forward, backward = f"{SWIGLU}.swiglu_kernel", f"{SWIGLU}.swiglu_backward_kernel"
+    yield launch("swiglu", forward, _swiglu, True)
+    yield launch("swiglu, D 40, fp32", forward, _swiglu, D=40, dtype=FP32)
+    yield launch("swiglu_backward", backward, _swiglu_backward, True)
+    yield launch("swiglu_backward, fp32", backward, _swiglu_backward, dtype=FP32)
+
+    row, long = f"{LOSS}.row_loss_kernel", f"{LOSS}.long_row_loss_kernel"
+    yield launch("cross_entropy, in place", row, _loss)
+    yield launch("cross_entropy", row, _loss, True, gradient=False)
+    yield launch("cross_entropy, in place, V 129280", long, _loss, V=129280)
+    yield launch("cross_entropy, V 129280", long, _loss, True, V=129280, gradient=False)
+    yield launch("cross_entropy, a row a warp", f"{LOSS_HOPPER}.loss_kernel", _loss_hopper)
+    yield launch("cross_entropy_gradient", f"{LOSS}.gradient_kernel", _loss_gradient, True)
+    yield launch("scale_rows", f"{LOSS}.scale_rows_kernel", _scale_rows, True)
+
+    route = "routing.route.route_kernel"
+    yield launch("route", route, _route, True)
+    yield launch("route, fp32", route, _route, dtype=FP32)
+    yield launch("route, E 128, fp32", route, _route, E=128, dtype=FP32)
+    yield launch("route, DeepSeek-V3", route, _route, **DEEPSEEK)
+    yield launch("route, E 512, K 32, fp32", route, _route, E=512, K=32, dtype=FP32)
+
+    weights, choose = f"{LOGITS_HOPPER}.split_weight_kernel", "routing.choice.choose_kernel"
+    yield launch("split_weight", weights, _logits_hopper)
+    yield launch("pad_weight", weights, _logits_hopper, E=15, dtype=BF16)
+    yield launch("choose", choose, _choose)
+    yield launch("choose, E 128", choose, _choose, E=128)
+    yield launch("choose, DeepSeek-V3", choose, _choose, **DEEPSEEK)
+
+    d_logits, rounded = f"{BACKWARD}.d_logits_kernel", "d_logits, rounded, DeepSeek-V3"
+    yield launch("d_logits", d_logits, _route_backward, True, E=256)
+    yield launch("d_logits, rounded", d_logits, _route_backward, hopper=True)
+    yield launch(rounded, d_logits, _route_backward, E=256, sigmoid=True, hopper=True)
+    for dtype, of_dtype in ((BF16, ""), (FP32, ", fp32")):
+        for E in (64, 128, 256, 512):
+            if (E, dtype) != (128, FP32):
+                name, kernel = (
+                    f"route_backward, E {E}{of_dtype}",
+                    f"{BACKWARD}.route_backward_kernel",
+                )
+                few = (E, dtype) == (64, BF16)
+                yield launch(name, kernel, _route_backward, few, E=E, dtype=dtype)
+
+    hopper = f"{LOGITS_HOPPER}.logits_hopper_kernel"
+    gradients = "routing.backward_hopper.gradients_hopper_kernel"
+    for E in (15, 64, 128, 256):
+        yield launch(f"route, Hopper, E {E}", hopper, _logits_hopper, E=E)
+        yield launch(f"route_backward, Hopper, E {E}", gradients, _gradients_hopper, E=E)
+    for E in (64, 128, 256):
+        name = f"route, Hopper, E {E}, weight bf16"
+        yield launch(name, hopper, _logits_hopper, E=E, dtype=BF16)
