@@ -58,7 +58,7 @@ docs: build/documents ## documents and API as a site in build/site (mkdocs, in .
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
 bench: extension ## time the exchange over a sweep of comm_sms (needs GPUs)
-	$(RUN) python bench/sm_split.py $(ARGS)
+	$(RUN) python -m bench sm_split $(ARGS)
 
 info: extension ## versions, GPUs, what was built, which backend is chosen and why
 	@$(RUN) python -m dualpipe_ext.cli info

@@ -1,6 +1,6 @@
 """Times attention forward and backward beside cuDNN and FlashAttention-2 (torch's) on one GPU.
 
-    python3 bench/attention.py [--json FILE] [--num-sms N ...] [--shapes all] [--sweep [PASS ...]]
+    python3 -m bench attention [--json FILE] [--num-sms N ...] [--shapes all] [--sweep [PASS ...]]
 
 Every round runs all variants, each time in another order, and medians are compared: absolute times
 drift, and clocks depend on how much power the variant before drew. Inputs rotate through sets

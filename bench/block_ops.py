@@ -1,6 +1,6 @@
 """Times router, norm, rotary embedding, SwiGLU and cross-entropy beside a copy on one GPU.
 
-    python3 bench/block_ops.py [--json FILE] [--num-sms N] [--tokens T] [--hidden H] [--sweep]
+    python3 -m bench block_ops [--json FILE] [--num-sms N] [--tokens T] [--hidden H] [--sweep]
 
 The copy is torch's, of [T, H] bf16, in the same interleaved rounds: `ratio` is a kernel's GB/s to
 the copy's. Bytes are those that must move: every input read once, every result written once; what a

@@ -1,6 +1,6 @@
 """Times the grouped MLP's kernels beside `torch._grouped_mm` on one GPU.
 
-    python3 bench/compute.py [--json FILE] [--num-sms N ...] [--uneven] [--sweep [KERNEL ...]]
+    python3 -m bench compute [--json FILE] [--num-sms N ...] [--uneven] [--sweep [KERNEL ...]]
 
 Variants are interleaved, a round each in another order, and medians compared: absolute times
 drift, ratios hold. Inputs rotate through sets larger than L2. A delay in front of every round lets

@@ -5,7 +5,7 @@ of `--rounds` calls of `rebalance_experts`; the oracle (tests/greedy_balancer.py
 in Python loops) runs once, on `--oracle-layers` layers, and its time is scaled to all of them.
 Then, for a drift of the loads: balance against copies sent, `max_moved` by `max_moved`. Example::
 
-    python bench/eplb.py --json out.json
+    python -m bench eplb --json out.json
 
 With ``--layer`` it times a MoELayer before and after balancing instead, on all GPUs; see
 eplb_layer.py.

@@ -1,4 +1,4 @@
-"""What balancing brings a MoELayer: `python bench/eplb.py --layer`, one process a GPU.
+"""What balancing brings a MoELayer: `python -m bench eplb --layer`, one process a GPU.
 
 Every rank routes by a Zipf(1.0) law: the n-th most popular expert is drawn n times less often than
 the first, a token's experts all different. Popular experts lie anywhere ("shuffled"), or next to

@@ -5,7 +5,7 @@ unique rows and in expert order, beside NCCL ``all_to_all_single`` and raw copie
 One process a GPU; variants take turns, several calls a timing; medians; the slowest rank counts.
 ``comm_sms`` 0 means the copy engines. Example::
 
-    python bench/exchange.py --all --json out.json --plot out.png
+    python -m bench exchange --all --json out.json --plot out.png
 
 "wire" GB/s count the bytes that cross a link, "logical" also rows that stay on their rank, each
 (token, rank) once, means over the ranks.

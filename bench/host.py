@@ -1,6 +1,6 @@
 """What a launch and a layer cost the host, in microseconds.
 
-    python bench/host.py [--json FILE] [--repeats N]
+    python -m bench host [--json FILE] [--repeats N]
 
 A launch: SwiGLU of 16 rows, and a grouped GEMM with three TMA descriptors, as we launch kernels and
 as Triton itself does. A layer: `MoELayer` forward and backward of 128 tokens on one rank. Medians

@@ -4,7 +4,7 @@ One process a GPU. For every shape, form and ``comm_sms``: the time of a step (f
 of one micro-batch, GEMMs on all SMs), and of two micro-batches on two streams that overlap as they
 can (GEMMs on the SMs that communication leaves), a micro-batch. Example::
 
-    python bench/layer.py --json out.json
+    python -m bench layer --json out.json
 """
 
 from __future__ import annotations

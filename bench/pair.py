@@ -19,7 +19,7 @@ of one after another, without the host's, which bounds small shapes.
 Variants take turns; medians of CUDA events; the slowest rank counts. Without a GPU it runs on gloo
 (try ``--shapes tiny``), and its figures mean nothing. Example::
 
-    python bench/pair.py --json out.json
+    python -m bench pair --json out.json
 """
 
 from __future__ import annotations
@@ -259,5 +259,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":
+def main() -> None:
     on_every_rank(measure, parse_arguments(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ others the action itself waits. Outside pairs communication has nothing beside i
 ``--alone-sms``. Gradients stay in place; the sum over dualpipe's two copies is timed apart
 (``copies``). Without a GPU it runs on gloo, and its figures mean nothing. Example::
 
-    python bench/pipeline.py --json out.json
+    python -m bench pipeline --json out.json
 """
 
 from __future__ import annotations
@@ -494,5 +494,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":
+def main() -> None:
     on_every_rank(measure, parse_arguments(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

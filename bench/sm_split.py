@@ -5,7 +5,7 @@ For every ``comm_sms``: dispatch, combine, the grouped MLP alone on all SMs, and
 ``torch._grouped_mm``. One process a GPU; variants interleaved, medians of CUDA-event times, the
 slowest rank counts. Example::
 
-    python bench/sm_split.py --json out.json --plot out.png
+    python -m bench sm_split --json out.json --plot out.png
 """
 
 from __future__ import annotations
@@ -277,5 +277,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":
+def main() -> None:
     on_every_gpu(measure, parse_arguments(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

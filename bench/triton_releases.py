@@ -1,6 +1,6 @@
 """Times our kernels under two releases of Triton, turn by turn, on one GPU.
 
-    python bench/triton_releases.py FOLDER [--only NAME ...] [--rounds N] [--turns N] [--json FILE]
+    python -m bench triton_releases FOLDER [--only NAME ...] [--rounds N] [--turns N] [--json FILE]
 
 FOLDER holds the other Triton (`pip install --no-deps --target FOLDER triton==3.8.0`). Each turn
 runs bench/compute.py, bench/attention.py and bench/host.py under the installed Triton and then
@@ -82,7 +82,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = os.path.abspath(arguments.folder)
     options = f"--rounds {arguments.rounds} --turns {arguments.turns}"
-    report: dict = {"command": f"python bench/triton_releases.py FOLDER {options}"}
+    report: dict = {"command": f"python -m bench triton_releases FOLDER {options}"}
     for name in arguments.only:
         command, turns = commands(arguments.rounds)[name], []
         for turn in range(arguments.turns):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(folder, *command):
-    """What `python bench/... --json` wrote on a machine without a GPU, and what it printed."""
+    """What `python -m bench ... --json` wrote on a machine without a GPU, and what it printed."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = path
@@ -28,7 +28,7 @@ def run(folder, *command):
 
 def test_pair_benchmark(tmp_path):
     options = "--shapes tiny --ranks 2 --repeats 1 --layers 1 --comm-sms 0 8 --traces"
-    result, table = run(tmp_path, "bench/pair.py", *options.split(), str(tmp_path))
+    result, table = run(tmp_path, "-m", "bench", "pair", *options.split(), str(tmp_path))
     splits = [(r["form"], r["comm_sms"], r["weight_delay"]) for r in result["results"]]
     assert splits[:3] == [("expert", 8, "all"), ("unique", 0, "all"), ("unique", 8, "all")]
     best = min(result["results"][:3], key=lambda r: r["pair_us"])
@@ -47,7 +47,7 @@ def test_pair_benchmark(tmp_path):
 
 def test_pair_benchmark_of_whole_steps(tmp_path):
     options = "--shapes tiny --ranks 2 --repeats 1 --layers 1 --comm-sms 8 --graphs --no-trace"
-    result, _ = run(tmp_path, "bench/pair.py", *options.split(), "--weight-delay", "all")
+    result, _ = run(tmp_path, "-m", "bench", "pair", *options.split(), "--weight-delay", "all")
     splits = [(r["form"], r["comm_sms"], r["weight_delay"]) for r in result["results"]]
     assert splits == [("expert", 8, "all"), ("unique", 8, "all")]
 
@@ -86,7 +86,7 @@ def test_trace_of_pairs_is_cut_at_the_markers(monkeypatch):
 def test_pipeline_benchmark(tmp_path):
     sizes = "--hidden 32 --expert-hidden 16 --experts 8 --topk 2 --tokens 8 --layers 4 --chunks 4"
     options = "--ranks 4 --pipeline-ranks 2 4 --kinds dualpipev zbv dualpipe 1f1b --repeats 1"
-    result, table = run(tmp_path, "bench/pipeline.py", *options.split(), *sizes.split())
+    result, table = run(tmp_path, "-m", "bench", "pipeline", *options.split(), *sizes.split())
     records = {r["schedule"]: r for r in result["results"]}
     assert list(records) == ["dualpipev", "zbv", "dualpipe", "1f1b"]  # 4 layers: no V of 4 ranks
     assert {r["layout"] for r in result["results"]} == {"PP2xEP2"}
@@ -110,3 +110,22 @@ def test_pipeline_benchmark(tmp_path):
         assert all(us > 0 for us in r["action_us"].values())
     assert records["dualpipe"]["copies_ms"] > 0
     assert len(table.splitlines()) == 1 + 4 + 1
+
+
+def run_bench(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_every_benchmark_is_listed_and_says_what_it_takes():
+    listed = run_bench().stdout
+    names = {
+        file.stem for file in (ROOT / "bench").glob("[a-z]*.py") if "main()" in file.read_text()
+    }
+    assert {"pair", "exchange", "compute", "sm_split"} <= names
+    for name in names:
+        assert f"  {name} " in listed
+    for name in ("eplb", "sm_split", "pair"):  # without Triton and a GPU
+        assert run_bench(name, "--help").stdout.startswith(f"usage: {name}.py")
+    assert run_bench("nonsense").returncode == 1
