@@ -33,8 +33,10 @@ test-fast: extension ## the quick ones of them: no GPU, no long compilation, no 
 
 # What knows torch and Triton best: private names, operators, launches, and every kernel compiled.
 # Not Triton's interpreter, which takes a minute and a half.
-NEWEST := package/test_compat.py package/test_import.py triton_kernels ops moe/test_layer.py \
-	gradients blocks/test_attention_segment.py
+NEWEST := package/test_compat.py package/test_import.py ops moe/test_layer.py gradients \
+	blocks/test_attention_segment.py triton_kernels/test_launch.py \
+	triton_kernels/test_ahead_of_time.py triton_kernels/test_expert_rows.py \
+	triton_kernels/test_grouped_fp8.py
 
 test-newest: extension ## some of the tests on the newest torch and Triton (5.5 GB, in .venv-newest)
 	.ci/prepare newest
