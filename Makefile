@@ -31,17 +31,15 @@ test: extension ## every test that this machine can run
 test-fast: extension ## the quick ones of them: no GPU, no long compilation, no many processes
 	$(RUN) python -m pytest $(PARALLEL) -m "not slow and not gpu and not gpu_2 and not gpu_4" $(ARGS)
 
-# What knows torch and Triton best: private names, operators, launches, and every kernel compiled.
-# Not Triton's interpreter and not the emulated kernels of attention, which take minutes.
-NEWEST := package/test_compat.py package/test_import.py ops moe/test_layer.py gradients \
-	blocks/test_attention_segment.py triton_kernels/test_launch.py \
-	triton_kernels/test_ahead_of_time.py triton_kernels/test_expert_rows.py \
-	triton_kernels/test_grouped_fp8.py
+# What knows torch and Triton best: private names, operators, layers, launches, and every kernel
+# compiled.
+NEWEST := package/test_compat.py package/test_import.py ops/test_contract.py ops/test_heads.py \
+	moe/test_layer.py gradients blocks/test_attention_segment.py triton_kernels/test_launch.py \
+	triton_kernels/test_ahead_of_time.py
 
 test-newest: extension ## some of the tests on the newest torch and Triton (5.5 GB, in .venv-newest)
 	.ci/prepare newest
 	PYTHONPATH=. .venv-newest/bin/python -m pytest $(PARALLEL) \
-		-k "not interpreter and not kernels_equal_fp64 and not programs_that_leave" \
 		$(NEWEST:%=tests/%) $(ARGS)
 
 lint: build/linters ## ruff and clang-format, without changing files
